@@ -1,0 +1,368 @@
+"""Checkpoints: a folder of config.json, model.safetensors and certificate.json, checked strictly, written atomically.
+
+Tensors (weights are (in, out): y = x W + b; D is the encoder's dimension, d the embedding's, K the pool's size):
+
+- ``encoder.table`` (rows, D) int8, ``encoder.row_scale`` and ``encoder.idf`` (rows,): the hash encoder, if there is
+  one;
+- ``projection.w1`` (D, d), ``.b1``, ``.w2`` (d, d), ``.b2``, ``.ln_weight``, ``.ln_bias`` (d,): projection ``mlp``;
+- ``predictor.weight`` (d, K), ``predictor.bias`` (K,);
+- ``policy.w1`` (d + 2, H), ``.b1``, ``.gate_weight``, ``.gate_bias`` (H,), ``.w2`` (H, H), ``.b2`` (H,), ``.w3`` (H,
+  2),
+  ``.b3`` (2,), ``.prior`` (K,), ``.knots_tau``, ``.knots_dual``, ``.knots_mu`` (N,): the policy network, if there is
+  one.
+
+All but the table are float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proteus_fast import strict_json
+from proteus_fast.certificate import MIXING_STEPS, Certificate, Mode, Path, PathCertificate
+from proteus_fast.pool import MAX_CANDIDATES, Candidate, Pool
+
+SCHEMA = 1
+MAX_TENSOR_BYTES = 1 << 30
+MAX_HEADER_BYTES = 1 << 20
+MAX_TENSORS = 64
+MAX_VERTICES = 4096
+MAX_DIM = 1 << 16
+
+Array = NDArray[np.float32] | NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about a router that is not a tensor and not its certificate.
+
+    Attributes:
+        encoder: ``hash``, or ``none`` where the caller brings embeddings. input_dim: D, what ``route_batch`` takes.
+        projection: ``none`` or ``mlp``. link: ``clip`` or ``sigmoid``. head: the policy network's, None without one.
+        mode: the mode that is certified and used by default. kappa: cost scale. gamma: cost sensitivity, in [2, 8].
+        cost_unit_usd: USD of one cost unit. block_weight: weight of each feature block of the hash encoder, (4,).
+        label_definition: what a score of 1 means. data_set, data_sha256, rows: what the router was trained on.
+    """
+
+    pool: Pool
+    encoder: Literal["hash", "none"]
+    input_dim: int
+    projection: Literal["none", "mlp"]
+    link: Literal["clip", "sigmoid"]
+    head: Literal["residual", "free"] | None
+    mode: Mode
+    kappa: float
+    gamma: float
+    cost_unit_usd: float
+    block_weight: tuple[float, ...]
+    label_definition: str
+    data_set: str
+    data_sha256: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A router at rest. ``sha256`` identifies its three files together; it is empty where it was not read from them."""
+
+    config: Config
+    tensors: Mapping[str, Array]
+    certificate: Certificate
+    sha256: str = ""
+
+
+def _expected_shapes(config: Config, tensors: Mapping[str, Array]) -> dict[str, tuple[int | None, ...]]:
+    """Names and shapes that the config asks for; None where a size is the tensor's own."""
+    candidates, dim = len(config.pool), config.input_dim
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    if config.encoder == "hash":
+        shapes |= {"encoder.table": (None, dim), "encoder.row_scale": (None,), "encoder.idf": (None,)}
+    if config.projection == "mlp":
+        width = tensors["projection.b1"].size if "projection.b1" in tensors else None
+        vectors = dict.fromkeys(("b1", "b2", "ln_weight", "ln_bias"), (width,))
+        for name, shape in {"w1": (dim, width), "w2": (width, width), **vectors}.items():
+            shapes[f"projection.{name}"] = shape
+        dim = width if width is not None else dim
+    shapes |= {"predictor.weight": (dim, candidates), "predictor.bias": (candidates,)}
+    if config.head is not None:
+        hidden = tensors["policy.b1"].size if "policy.b1" in tensors else None
+        knots = tensors["policy.knots_tau"].size if "policy.knots_tau" in tensors else None
+        policy: dict[str, tuple[int | None, ...]] = {
+            "w1": (dim + 2, hidden), "w2": (hidden, hidden), "w3": (hidden, 2), "b3": (2,), "prior": (candidates,),
+        }  # fmt: skip
+        policy |= dict.fromkeys(("b1", "b2", "gate_weight", "gate_bias"), (hidden,))
+        policy |= dict.fromkeys(("knots_tau", "knots_dual", "knots_mu"), (knots,))
+        shapes |= {f"policy.{name}": shape for name, shape in policy.items()}
+    return shapes
+
+
+def check_tensors(config: Config, tensors: Mapping[str, Array], place: str) -> None:
+    """Raise ValueError unless names, dtypes, shapes and values are those that the config asks for."""
+    shapes = _expected_shapes(config, tensors)
+    for name in sorted(shapes.keys() ^ tensors.keys()):
+        wrong = "a missing tensor" if name in shapes else "an unknown tensor"
+        raise ValueError(f"{place}: expected the tensors {', '.join(sorted(shapes))}, got {wrong} {name[:80]!r}")
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        dtype = np.dtype(np.int8 if name == "encoder.table" else np.float32)
+        if tensor.dtype != dtype:
+            raise ValueError(f"{place}: {name}: expected dtype {dtype}, got {tensor.dtype}")
+        fits = len(shape) == tensor.ndim and all(
+            have == want or want is None for have, want in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits or tensor.size == 0:
+            wanted = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+            raise ValueError(f"{place}: {name}: expected shape {wanted}, got {tensor.shape}")
+        if dtype == np.float32 and not np.isfinite(tensor).all():
+            raise ValueError(f"{place}: {name}: expected finite values, got NaN or infinity")
+    if config.encoder == "hash":
+        rows = tensors["encoder.table"].shape[0]
+        sizes = (tensors["encoder.row_scale"].size, tensors["encoder.idf"].size)
+        if rows & (rows - 1) or rows < 2 or sizes != (rows, rows):
+            raise ValueError(
+                f"{place}: encoder.table: expected a power of two of rows, as many as row_scale and idf have, "
+                f"got {rows} and {sizes}"
+            )
+    if config.head is not None and np.any(np.diff(tensors["policy.knots_tau"]) <= 0):
+        raise ValueError(f"{place}: policy.knots_tau: expected increasing values, got others")
+    if config.head is not None and tensors["policy.knots_tau"].size < 2:
+        raise ValueError(f"{place}: policy.knots_tau: expected at least 2 knots, got 1")
+
+
+def _config_json(config: Config, sha256: Mapping[str, str]) -> dict[str, object]:
+    return {
+        "format": "proteus-fast",
+        "schema": SCHEMA,
+        "pool": [{"name": c.name, "price_usd": c.price_usd, "mean_score": c.mean_score} for c in config.pool],
+        "cost_unit_usd": config.cost_unit_usd,
+        "encoder": {"kind": config.encoder, "dim": config.input_dim, "block_weight": list(config.block_weight)},
+        "projection": config.projection,
+        "link": config.link,
+        "head": config.head,
+        "mode": config.mode,
+        "kappa": config.kappa,
+        "gamma": config.gamma,
+        "labels": {
+            "definition": config.label_definition,
+            "data_set": config.data_set,
+            "data_sha256": config.data_sha256,
+            "rows": config.rows,
+        },
+        "sha256": dict(sha256),
+    }
+
+
+def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
+    form, schema, pool, unit, encoder, projection, link, head, mode, kappa, gamma, labels, sha256 = root.fields(
+        "format", "schema", "pool", "cost_unit_usd", "encoder", "projection", "link", "head", "mode", "kappa", "gamma",
+        "labels", "sha256",
+    )  # fmt: skip
+    form.text("proteus-fast")
+    schema.integer(SCHEMA, SCHEMA)
+    candidates = []
+    for entry in pool.elements(1, MAX_CANDIDATES):
+        name, price, mean_score = entry.fields("name", "price_usd", "mean_score")
+        candidates.append(Candidate(name.text(most=256), price.number(0.0, 1e6), mean_score.number(0.0, 1.0)))
+    kind, dim, block_weight = encoder.fields("kind", "dim", "block_weight")
+    encoder_kind: Literal["hash", "none"] = "hash" if kind.text("hash", "none") == "hash" else "none"
+    blocks = 4 if encoder_kind == "hash" else 0
+    definition, data_set, data_sha256, rows = labels.fields("definition", "data_set", "data_sha256", "rows")
+    model_hash, certificate_hash = sha256.fields("model.safetensors", "certificate.json")
+    head_name: Literal["residual", "free"] | None = None
+    if not head.is_null:
+        head_name = "residual" if head.text("residual", "free") == "residual" else "free"
+    if mode.text("dual", "policy") == "policy" and head_name is None:
+        mode.fail("'dual' where there is no policy network")
+    config = Config(
+        pool=Pool(candidates),
+        encoder=encoder_kind,
+        input_dim=dim.integer(1, MAX_DIM),
+        projection="mlp" if projection.text("none", "mlp") == "mlp" else "none",
+        link="clip" if link.text("clip", "sigmoid") == "clip" else "sigmoid",
+        head=head_name,
+        mode="policy" if mode.text("dual", "policy") == "policy" else "dual",
+        kappa=kappa.number(1e-9, 1e9),
+        gamma=gamma.number(2.0, 8.0),
+        cost_unit_usd=unit.number(1e-15, 1e6),
+        block_weight=tuple(float(w) for w in block_weight.numbers(blocks, blocks, 0.0, 1e3)),
+        label_definition=definition.text(),
+        data_set=data_set.text(most=256),
+        data_sha256=data_sha256.hexadecimal(64),
+        rows=rows.integer(1, 1 << 40),
+    )
+    return config, {
+        "model.safetensors": model_hash.hexadecimal(64),
+        "certificate.json": certificate_hash.hexadecimal(64),
+    }
+
+
+def _certificate_json(certificate: Certificate) -> dict[str, object]:
+    return {
+        "schema": SCHEMA,
+        "delta": certificate.delta,
+        "n": certificate.n,
+        "data_sha256": certificate.data_sha256,
+        "date": certificate.date,
+        "rounding_seed": certificate.rounding_seed,
+        "key": f"{certificate.key:016x}",
+        "paths": {
+            mode: {
+                "parameter": [float(value) for value in entry.path.parameter],
+                "expected_cost_usd": [float(value) for value in entry.path.expected_cost_usd],
+                "successes": [int(value) for value in entry.successes],
+            }
+            for mode, entry in certificate.paths.items()
+        },
+    }
+
+
+def _read_certificate(root: strict_json.Node, config: Config) -> Certificate:
+    schema, delta, n, data_sha256, date, seed, key, paths = root.fields(
+        "schema", "delta", "n", "data_sha256", "date", "rounding_seed", "key", "paths"
+    )
+    schema.integer(SCHEMA, SCHEMA)
+    rows = n.integer(1, 1 << 24)
+    found: dict[Mode, PathCertificate] = {}
+    for name, entry in paths.items():
+        if name not in ("dual", "policy") or (name == "policy" and config.head is None):
+            paths.fail("the modes that the router has")
+        parameter, cost, successes = entry.fields("parameter", "expected_cost_usd", "successes")
+        values = parameter.numbers(1, MAX_VERTICES, 0.0, 1.0).astype(np.float32)
+        costs = cost.numbers(len(values), len(values), 0.0, 1e6)
+        if np.any(np.diff(costs) > 0):
+            cost.fail("costs that do not increase along the path")
+        steps = (len(values) - 1) * MIXING_STEPS + 1
+        counts = np.array([node.integer(0, rows) for node in successes.elements(steps, steps)], np.int64)
+        found["dual" if name == "dual" else "policy"] = PathCertificate(Path(values, costs), counts)
+    if "dual" not in found or config.mode not in found:
+        paths.fail(f"a path for dual and for the default mode {config.mode}")
+    return Certificate.build(
+        found,
+        delta=delta.number(1e-9, 0.499999),
+        n=rows,
+        data_sha256=data_sha256.hexadecimal(64),
+        date=date.text(most=40),
+        rounding_seed=seed.integer(0, (1 << 63) - 1),
+        key=int(key.hexadecimal(16), 16),
+    )
+
+
+def _read_tensors(data: bytes, place: str) -> dict[str, Array]:
+    """Parse safetensors bytes after checking what its reader does not: header size, tensor count, exact length."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    header = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else -1
+    if not 0 <= header <= min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"{place}: expected a header of at most {MAX_HEADER_BYTES} bytes, got {header}")
+    count = sum(1 for name, _ in strict_json.parse(data[8 : 8 + header], place).items() if name != "__metadata__")
+    if count > MAX_TENSORS:
+        raise ValueError(f"{place}: expected at most {MAX_TENSORS} tensors, got {count}")
+    try:
+        return dict(load(data))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{place}: expected a valid safetensors file, got {error}") from None
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read and check a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is not there.
+        ValueError: anything in it is not as it should be; the message has the file and the field.
+    """
+    folder = FilePath(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a checkpoint folder, got nothing there")
+    config_bytes = strict_json.read_bytes(folder / "config.json", strict_json.MAX_BYTES)
+    config, sha256 = _read_config(strict_json.parse(config_bytes, str(folder / "config.json")))
+    contents = {}
+    for name, most in (("model.safetensors", MAX_TENSOR_BYTES), ("certificate.json", strict_json.MAX_BYTES)):
+        contents[name] = strict_json.read_bytes(folder / name, most)
+        found = hashlib.sha256(contents[name]).hexdigest()
+        if found != sha256[name]:
+            raise ValueError(f"{folder / name}: expected sha256 {sha256[name]}, got {found}")
+    place = str(folder / "model.safetensors")
+    tensors = _read_tensors(contents["model.safetensors"], place)
+    check_tensors(config, tensors, place)
+    root = strict_json.parse(contents["certificate.json"], str(folder / "certificate.json"))
+    certificate = _read_certificate(root, config)
+    return Checkpoint(config, tensors, certificate, hashlib.sha256(config_bytes).hexdigest())
+
+
+def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
+    """Write a checkpoint folder; a reader never sees a part of one.
+
+    The folder is written beside its place, flushed, and renamed into it. One that was there before is moved aside first
+    and removed afterwards; a reader that looks between the two renames finds nothing, and one that mixes old and new
+    files is told so by their hashes.
+
+    Returns:
+        The checkpoint's sha256.
+    """
+    from safetensors.numpy import save as save_tensors
+
+    folder = FilePath(path)
+    check_tensors(checkpoint.config, checkpoint.tensors, str(folder / "model.safetensors"))
+    check_target(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "model.safetensors": save_tensors({k: np.ascontiguousarray(v) for k, v in checkpoint.tensors.items()}),
+        "certificate.json": _to_bytes(_certificate_json(checkpoint.certificate)),
+    }
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    contents["config.json"] = _to_bytes(_config_json(checkpoint.config, hashes))
+    # what load would refuse is refused here, before anything is replaced
+    config, _ = _read_config(strict_json.parse(contents["config.json"], str(folder / "config.json")))
+    _read_certificate(strict_json.parse(contents["certificate.json"], str(folder / "certificate.json")), config)
+    staging = FilePath(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        staging.chmod(0o755)
+        for name, data in contents.items():
+            with (staging / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        previous = staging.with_name(staging.name + ".old")
+        if folder.exists():
+            folder.rename(previous)
+        try:
+            staging.rename(folder)
+        except OSError:
+            if previous.exists():
+                previous.rename(folder)
+            raise
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return hashlib.sha256(contents["config.json"]).hexdigest()
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless a checkpoint may be written there: nothing, an empty folder or a checkpoint."""
+    folder = FilePath(path)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder to write, got a file")
+    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: expected a checkpoint or an empty folder to replace, got other files")
+
+
+def certificate_digest(certificate: Certificate) -> str:
+    """sha256 of everything that a certificate says, as hexadecimal digits."""
+    return hashlib.sha256(_to_bytes(_certificate_json(certificate))).hexdigest()
+
+
+def _to_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
