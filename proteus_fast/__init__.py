@@ -1,0 +1,76 @@
+"""Route each query to the cheapest language model that keeps an accuracy target.
+
+``route_batch(tensor, tau)`` decides for a batch of embeddings; ``Router`` holds everything else. Names are loaded when
+they are first used, so that importing this package stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from proteus_fast._core import QueueFullError
+    from proteus_fast.certificate import Certificate, Status, plan
+    from proteus_fast.evaluation.report import Report, evaluate
+    from proteus_fast.pool import Candidate, Pool
+    from proteus_fast.router import Decision, Explanation, Feasibility, RouteBatch, Router, current, route_batch, use
+    from proteus_fast.training.train import TrainConfig, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "QueueFullError": "_core",
+    "Certificate": "certificate",
+    "Status": "certificate",
+    "plan": "certificate",
+    "Report": "evaluation.report",
+    "evaluate": "evaluation.report",
+    "Candidate": "pool",
+    "Pool": "pool",
+    "Decision": "router",
+    "Explanation": "router",
+    "Feasibility": "router",
+    "RouteBatch": "router",
+    "Router": "router",
+    "current": "router",
+    "route_batch": "router",
+    "use": "router",
+    "TrainConfig": "training.train",
+    "train": "training.train",
+}
+
+__all__ = [
+    "Candidate",
+    "Certificate",
+    "Decision",
+    "Explanation",
+    "Feasibility",
+    "Pool",
+    "QueueFullError",
+    "Report",
+    "RouteBatch",
+    "Router",
+    "Status",
+    "TrainConfig",
+    "__version__",
+    "current",
+    "evaluate",
+    "plan",
+    "route_batch",
+    "train",
+    "use",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

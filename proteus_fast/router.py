@@ -1,0 +1,470 @@
+"""The loaded router: decisions for embeddings and texts, on the caller's arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proteus_fast import _core, checkpoint
+from proteus_fast.certificate import Certificate, Guarantee, Mode, Status, tau_index
+from proteus_fast.pool import Pool
+
+if TYPE_CHECKING:
+    from proteus_fast.checkpoint import Checkpoint
+
+_FLOAT32 = np.dtype(np.float32)
+EMBEDDED = Path(__file__).parent / "checkpoints" / "zeroeval"
+
+
+class RouteBatch:
+    """Answers for a batch, in the caller's kind of array and on its device.
+
+    Iterating gives ``choice, mu, score``.
+
+    Attributes:
+        choice: index into the pool, (B,) int32, the lowest where scores tie; -1 where the status is INVALID.
+        mu: quality preference, (B,) float32. score: of the chosen candidate, (B,) float32.
+        status: :class:`Status`, (B,) uint8.
+        certified_floor: accuracy that is certified for the policy that served the row, (B,) float32: the tested target
+            where the row is FEASIBLE, tau_max where it is INFEASIBLE, NaN where nothing is promised.
+    """
+
+    __slots__ = ("certified_floor", "choice", "mu", "score", "status")
+
+    def __init__(self, choice: Any, mu: Any, score: Any, status: Any, certified_floor: Any) -> None:
+        self.choice = choice
+        self.mu = mu
+        self.score = score
+        self.status = status
+        self.certified_floor = certified_floor
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.choice, self.mu, self.score))
+
+    def __len__(self) -> int:
+        return len(self.choice)
+
+    def __repr__(self) -> str:
+        return f"RouteBatch(choice={self.choice!r}, mu={self.mu!r}, score={self.score!r}, status={self.status!r})"
+
+
+class Decision(NamedTuple):
+    """The answer for one query.
+
+    ``certified_floor`` is None where nothing is promised, ``tau_max`` where no target is certified at all;
+    ``fallbacks`` are the other eligible candidates, best first.
+    """
+
+    candidate: str
+    choice: int
+    mu: float
+    score: float
+    status: Status
+    certified_floor: float | None
+    tau_max: float | None
+    fallbacks: tuple[str, ...]
+    versions: dict[str, str]
+
+
+class Feasibility(NamedTuple):
+    """What a target would get: its status, its floor, the largest certified target, the expected cost of a query."""
+
+    tau: float
+    status: Status
+    certified_floor: float | None
+    tau_max: float | None
+    expected_cost_usd: float
+
+
+class Explanation(NamedTuple):
+    """A decision and, by candidate, the predicted accuracy, the price and the score behind it."""
+
+    decision: Decision
+    predicted: dict[str, float]
+    price_usd: dict[str, float]
+    scores: dict[str, float]
+
+
+def to_numpy(tensor: Any, name: str) -> NDArray[Any]:
+    """View an array of any kind on the CPU as NumPy, without a copy where that is possible.
+
+    Raises:
+        TypeError: not a NumPy array, torch tensor or DLPack producer. ValueError: not on the CPU.
+    """
+    if isinstance(tensor, np.ndarray):
+        return tensor
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(tensor, torch.Tensor):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
+        tensor = tensor.detach()
+        view: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        return view
+    if hasattr(tensor, "__dlpack__"):
+        try:
+            return np.from_dlpack(tensor)
+        except (BufferError, RuntimeError) as error:
+            raise ValueError(f"{name}: expected a DLPack array on the CPU, got {error}") from None
+    raise TypeError(f"{name}: expected a NumPy array, torch tensor or DLPack array, got {type(tensor).__name__}")
+
+
+def _from_numpy(array: NDArray[Any], like: Any) -> Any:
+    """Give ``array`` the kind of ``like``."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(like, torch.Tensor):
+        return torch.from_numpy(array)
+    namespace = getattr(like, "__array_namespace__", None)
+    return array if namespace is None else namespace().from_dlpack(array)
+
+
+def _float32(array: NDArray[Any], name: str) -> NDArray[np.float32]:
+    if array.dtype == np.float32 and array.flags.c_contiguous:
+        return array
+    if array.dtype.kind != "f":
+        raise TypeError(f"{name}: expected a floating dtype, got {array.dtype}")
+    return np.ascontiguousarray(array, np.float32)
+
+
+def _is_numbers(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(
+        isinstance(value, float | int) and not isinstance(value, bool) for value in values
+    )
+
+
+def _to_tau(tau: Any) -> float | NDArray[np.float64]:
+    if isinstance(tau, float | int | np.floating | np.integer) and not isinstance(tau, bool):
+        return float(tau)
+    array = np.asarray(tau, np.float64) if _is_numbers(tau) else to_numpy(tau, "tau")
+    if array.dtype.kind != "f":
+        raise TypeError(f"tau: expected a floating dtype, got {array.dtype}")
+    return float(array) if array.ndim == 0 else np.ascontiguousarray(array, np.float64)
+
+
+def _masked_mean(hidden: NDArray[np.float32], mask: NDArray[Any]) -> NDArray[np.float32]:
+    live = mask != 0
+    total = np.where(live[:, :, None], hidden, np.float32(0.0)).sum(axis=1)
+    mean: NDArray[np.float32] = total / np.maximum(live.sum(axis=1, keepdims=True), 1).astype(np.float32)
+    return mean
+
+
+class Router:
+    """A loaded router. It is immutable and safe to call from many threads.
+
+    Attributes:
+        pool: the candidates. input_dim: D, the width of what ``route_batch`` takes and ``encode`` returns.
+        mode: the default mode. certificate: what the targets rest on. versions: what this router is made of.
+        snapshot: the engine's form of it.
+    """
+
+    def __init__(self, source: Checkpoint) -> None:
+        config = source.config
+        self._checkpoint = source
+        self.pool: Pool = config.pool
+        self.input_dim: int = config.input_dim
+        self.mode: Mode = config.mode
+        self.certificate: Certificate = source.certificate
+        self.versions = {
+            "router": source.sha256[:16] or "unsaved",
+            "prices": hashlib.sha256(self.pool.price_usd.tobytes()).hexdigest()[:16],
+            "certificate": checkpoint.certificate_digest(self.certificate)[:16],
+        }
+        self._encoder = _build_encoder(source)
+        self.snapshot = _build_snapshot(source, self._encoder)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str] | None = None, device: str = "cpu") -> Router:
+        """Load a checkpoint folder; None: the embedded router.
+
+        Raises:
+            FileNotFoundError, ValueError: see :func:`proteus_fast.checkpoint.load`.
+        """
+        if device != "cpu":
+            raise ValueError(f"device: expected 'cpu', got {device!r}")
+        return cls(checkpoint.load(EMBEDDED if path is None else path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write this router as a checkpoint folder; see :func:`proteus_fast.checkpoint.save`."""
+        checkpoint.save(self._checkpoint, path)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint that this router was made from."""
+        return self._checkpoint
+
+    @property
+    def tau_max(self) -> float | None:
+        """Largest certified target of the default mode."""
+        return self.certificate.tau_max(self.mode)
+
+    def encode(self, queries: Sequence[str]) -> NDArray[np.float32]:
+        """Encode texts.
+
+        Args:
+            queries: B texts. Of a text longer than 16 KiB the first and last 8 KiB count.
+
+        Returns:
+            (B, D) float32, what ``route_batch`` takes.
+
+        Raises:
+            ValueError: the router has no text encoder. TypeError: ``queries`` is one str, or holds something else.
+        """
+        if isinstance(queries, str):
+            raise TypeError("queries: expected a sequence of str, got one str")
+        if self._encoder is None:
+            raise ValueError("queries: expected embeddings, got texts: this router has no text encoder")
+        return self._encoder.encode(queries)
+
+    def route_batch(
+        self,
+        tensor: Any,
+        tau: Any,
+        *,
+        mask: Any = None,
+        available: Any = None,
+        price_usd: Any = None,
+        ids: Any = None,
+        mode: Mode | None = None,
+        guarantee: Guarantee = "certified",
+        strict: bool = False,
+        sample: bool = False,
+        seed: int | None = None,
+    ) -> RouteBatch:
+        """Choose a candidate for every row.
+
+        Args:
+            tensor: embeddings (B, D) as ``encode`` returns them, or hidden states (B, T, D) with ``mask``; NumPy, torch
+                (CPU) or DLPack, any floating dtype.
+            tau: accuracy target, a float in [0, 1] or (B,) floats, a list of them too.
+            mask: 1 where a token counts, (B, T); only with hidden states.
+            available: candidates that may be chosen, bool, (K,) or (B, K).
+            price_usd: prices that replace the pool's, USD per query, (K,) or (B, K).
+            ids: (B,) uint64 that replace the rows' own bytes in the mixing hash; such rows are UNCERTIFIED.
+            mode: ``dual`` or ``policy``; None: the checkpoint's.
+            guarantee: ``certified`` or ``calibrated``.
+            strict: raise where a row is INFEASIBLE or INVALID instead of answering.
+            sample: draw mu from the policy's Beta instead of taking its mean. seed: of the draws, with the row's index;
+                required with ``sample``.
+
+        Returns:
+            The answers, in the caller's kind of array. A row with NaN, a tau outside [0, 1] inside an array, a price
+            below 0 or nothing available has choice -1 and status INVALID.
+
+        Raises:
+            TypeError, ValueError: ``argument: expected X, got Y``.
+        """
+        x = tensor if type(tensor) is np.ndarray else to_numpy(tensor, "tensor")
+        if x.ndim == 3 or mask is not None:
+            x = self._pool_tokens(x, mask)
+        if x.dtype is not _FLOAT32 or not x.flags.c_contiguous:
+            x = _float32(x, "tensor")
+        if x.ndim != 2 or x.shape[1] != self.input_dim:
+            raise ValueError(f"tensor: expected shape (B, {self.input_dim}), got {x.shape}")
+        if type(tau) is not float:
+            tau = _to_tau(tau)
+        if available is not None:
+            available = to_numpy(available, "available")
+        if price_usd is not None:
+            price_usd = _float32(to_numpy(price_usd, "price_usd"), "price_usd")
+        if ids is not None:
+            ids = to_numpy(ids, "ids")
+        if sample and seed is None:
+            raise ValueError("seed: expected an integer where sample is true, got None")
+        arrays = self.snapshot.route(x, tau, mode, guarantee, available, price_usd, ids, sample, seed or 0)
+        if strict:
+            self._check_strict(arrays[3], tau, mode, guarantee)
+        if type(tensor) is np.ndarray:
+            return RouteBatch(*arrays)
+        return RouteBatch(*[_from_numpy(array, tensor) for array in arrays])
+
+    def route(
+        self,
+        text: str,
+        tau: float,
+        *,
+        available: Iterable[str] | None = None,
+        price_usd: Any = None,
+        mode: Mode | None = None,
+        guarantee: Guarantee = "certified",
+        strict: bool = False,
+    ) -> Decision:
+        """Choose a candidate for one text.
+
+        Args:
+            text: the query. tau: accuracy target, in [0, 1]. available: names of the candidates that may be chosen.
+            price_usd, mode, guarantee, strict: as in :meth:`route_batch`.
+
+        Raises:
+            TypeError, ValueError: ``argument: expected X, got Y``; also where no candidate is eligible.
+        """
+        return self.explain(
+            text, tau, available=available, price_usd=price_usd, mode=mode, guarantee=guarantee, strict=strict
+        ).decision
+
+    def explain(
+        self,
+        query: str,
+        tau: float,
+        *,
+        available: Iterable[str] | None = None,
+        price_usd: Any = None,
+        mode: Mode | None = None,
+        guarantee: Guarantee = "certified",
+        strict: bool = False,
+    ) -> Explanation:
+        """The decision for one text with what it rests on; arguments as in :meth:`route`."""
+        if not isinstance(query, str):
+            raise TypeError(f"query: expected a str, got {type(query).__name__}")
+        target = _to_tau(tau)
+        if not isinstance(target, float):
+            raise TypeError(f"tau: expected one number, got {type(tau).__name__}")
+        tau = target
+        tau_index(tau)
+        mask = None if available is None else self.pool.available(available)
+        if mask is not None and not mask.any():
+            raise ValueError("available: expected at least one candidate, got none")
+        prices = None if price_usd is None else np.asarray(price_usd, np.float32)
+        if prices is not None and not (np.isfinite(prices) & (prices >= 0)).all():
+            raise ValueError("price_usd: expected finite values >= 0, got others")
+        x = self.encode([query])
+        choice, mu, score, status, floor, predicted, scores = self.snapshot.scores(
+            x, tau, mode, guarantee, mask, prices
+        )
+        if strict:
+            self._check_strict(status, tau, mode, guarantee)
+        # plain floats: K is small, and NumPy's scalars cost more than the decision
+        score_of: list[float] = scores[0].tolist()
+        eligible = [i for i, value in enumerate(score_of) if math.isfinite(value)]
+        order = sorted(eligible, key=lambda i: -score_of[i])
+        chosen = int(choice[0])
+        if chosen < 0:
+            raise ValueError("price_usd: expected prices that leave finite scores, got others")
+        names = self.pool.names
+        decision = Decision(
+            candidate=names[chosen],
+            choice=chosen,
+            mu=float(mu[0]),
+            score=float(score[0]),
+            status=Status(int(status[0])),
+            certified_floor=None if np.isnan(floor[0]) else round(float(floor[0]), 3),
+            tau_max=self.certificate.tau_max(mode or self.mode, guarantee),
+            fallbacks=tuple(names[i] for i in order if i != chosen),
+            versions=dict(self.versions),
+        )
+        used = self.pool.price_usd if prices is None else np.ravel(prices)
+        return Explanation(
+            decision,
+            dict(zip(names, predicted[0].tolist(), strict=True)),
+            dict(zip(names, used.tolist(), strict=True)),
+            dict(zip(names, score_of, strict=True)),
+        )
+
+    def feasibility(self, tau: float, guarantee: Guarantee = "certified") -> Feasibility:
+        """What the default mode would promise for a target, without a query.
+
+        Raises:
+            ValueError: tau is not in [0, 1].
+        """
+        index = tau_index(tau)
+        tau_max = self.certificate.tau_max(self.mode, guarantee)
+        cost = float(self.certificate.expected_cost_usd(self.mode, guarantee)[index])
+        feasible = tau_max is not None and index <= round(tau_max * 1000)
+        if not feasible:
+            floor = tau_max if guarantee == "certified" else None
+            return Feasibility(tau, Status.INFEASIBLE, floor, tau_max, cost)
+        if guarantee == "calibrated":
+            return Feasibility(tau, Status.UNCERTIFIED, None, tau_max, cost)
+        return Feasibility(tau, Status.FEASIBLE, index / 1000, tau_max, cost)
+
+    def _pool_tokens(self, x: NDArray[Any], mask: Any) -> NDArray[np.float32]:
+        if mask is None:
+            raise ValueError("mask: expected (B, T) with hidden states (B, T, D), got None")
+        if x.ndim != 3:
+            raise ValueError(f"tensor: expected hidden states (B, T, D) with a mask, got shape {x.shape}")
+        tokens = to_numpy(mask, "mask")
+        if tokens.shape != x.shape[:2]:
+            raise ValueError(f"mask: expected shape {x.shape[:2]}, got {tokens.shape}")
+        return _masked_mean(_float32(x, "tensor"), tokens)
+
+    def _check_strict(
+        self, status: NDArray[np.uint8], tau: float | NDArray[np.float64], mode: Mode | None, guarantee: Guarantee
+    ) -> None:
+        invalid = np.flatnonzero(status == Status.INVALID)
+        if invalid.size:
+            raise ValueError(f"tensor: expected rows that can be decided, got INVALID at row {invalid[0]}")
+        infeasible = np.flatnonzero(status == Status.INFEASIBLE)
+        if infeasible.size:
+            target = tau if isinstance(tau, float) else tau[infeasible[0]]
+            tau_max = self.certificate.tau_max(mode or self.mode, guarantee)
+            raise ValueError(f"tau: expected at most {tau_max} (tau_max), got {target:g} at row {infeasible[0]}")
+
+
+def _build_encoder(source: Checkpoint) -> _core.HashEncoder | None:
+    if source.config.encoder != "hash":
+        return None
+    return _core.HashEncoder(
+        source.tensors["encoder.table"].astype(np.int8, copy=False),
+        source.tensors["encoder.row_scale"].astype(np.float32, copy=False),
+        source.tensors["encoder.idf"].astype(np.float32, copy=False),
+        np.array(source.config.block_weight, np.float32),
+    )
+
+
+def _build_snapshot(source: Checkpoint, encoder: _core.HashEncoder | None) -> _core.Snapshot:
+    config, tensors, certificate = source.config, source.tensors, source.certificate
+    paths = {}
+    for mode, entry in certificate.paths.items():
+        certified, calibrated = (certificate.tables[mode][g] for g in ("certified", "calibrated"))
+        paths[mode] = _core.Path(
+            entry.path.parameter, certified.code, certified.max_index, calibrated.code, calibrated.max_index
+        )
+    return _core.Snapshot(
+        tensors={name: np.asarray(t, np.float32) for name, t in tensors.items() if not name.startswith("encoder.")},
+        link=config.link,
+        head=config.head,
+        kappa=config.kappa,
+        gamma=config.gamma,
+        price_usd=config.pool.price_usd.astype(np.float32),
+        cost_unit_usd=config.cost_unit_usd,
+        key=certificate.key,
+        default_mode=config.mode,
+        dual=paths["dual"],
+        policy=paths.get("policy"),
+        encoder=encoder,
+    )
+
+
+_current: Router | None = None
+_lock = threading.Lock()
+
+
+def use(router: Router | str | os.PathLike[str]) -> Router:
+    """Make a router, or the checkpoint in a folder, the one that :func:`route_batch` uses in this process."""
+    global _current
+    loaded = router if isinstance(router, Router) else Router.load(router)
+    with _lock:
+        _current = loaded
+    return loaded
+
+
+def current() -> Router:
+    """The router in use: the one given to :func:`use`, else ``$PROTEUS_CHECKPOINT``, else the embedded one."""
+    global _current
+    if _current is None:
+        with _lock:
+            if _current is None:
+                _current = Router.load(os.environ.get("PROTEUS_CHECKPOINT") or None)
+    return _current
+
+
+def route_batch(tensor: Any, tau: Any, **options: Any) -> RouteBatch:
+    """:meth:`Router.route_batch` of the router in use; see :func:`use`."""
+    return (_current or current()).route_batch(tensor, tau, **options)
