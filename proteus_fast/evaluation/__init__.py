@@ -1,0 +1,1 @@
+"""Outcome tables, metrics, baselines and reports."""

@@ -1,0 +1,195 @@
+"""Outcome tables: what each candidate scored and cost on each prompt, and how rows are divided.
+
+A table is a Parquet file with ``prompt`` (str), optionally ``task`` (str), and for each candidate ``score:<name>`` in
+[0, 1] and ``cost:<name>`` in USD for the query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proteus_fast.pool import MAX_CANDIDATES
+
+FOLDS = 5
+_CAL_SHARE = 4
+
+
+@dataclass(frozen=True)
+class OutcomeTable:
+    """Scores and costs of K candidates on n prompts.
+
+    Attributes:
+        name: the data set's. prompts: n texts. tasks: n task names; empty where the table has none.
+        candidates: K names. score: (n, K) in [0, 1]. cost_usd: (n, K), USD of the query.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    tasks: tuple[str, ...]
+    candidates: tuple[str, ...]
+    score: NDArray[np.float64]
+    cost_usd: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> OutcomeTable:
+        """The table of some rows, given as a mask or as indices."""
+        index = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        return OutcomeTable(
+            self.name,
+            tuple(self.prompts[i] for i in index),
+            tuple(self.tasks[i] for i in index) if self.tasks else (),
+            self.candidates,
+            self.score[index],
+            self.cost_usd[index],
+        )
+
+    def with_candidates(self, names: Sequence[str]) -> OutcomeTable:
+        """The table of the named candidates, in that order.
+
+        Raises:
+            ValueError: a candidate is not in the table.
+        """
+        missing = [name for name in names if name not in self.candidates]
+        if missing:
+            raise ValueError(f"table {self.name}: expected the candidates of the router, got none named {missing[0]!r}")
+        index = [self.candidates.index(name) for name in names]
+        return OutcomeTable(
+            self.name, self.prompts, self.tasks, tuple(names), self.score[:, index], self.cost_usd[:, index]
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what the table says, whatever file it came from."""
+        digest = hashlib.sha256()
+        for text in (*self.candidates, *self.prompts):
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+        for array in (self.score, self.cost_usd):
+            digest.update(np.ascontiguousarray(array, "<f8").tobytes())
+        return digest.hexdigest()
+
+
+def concatenate(first: OutcomeTable, second: OutcomeTable) -> OutcomeTable:
+    """The rows of two tables with the same candidates."""
+    second = second.with_candidates(first.candidates)
+    return OutcomeTable(
+        first.name,
+        first.prompts + second.prompts,
+        first.tasks + second.tasks if first.tasks and second.tasks else (),
+        first.candidates,
+        np.concatenate([first.score, second.score]),
+        np.concatenate([first.cost_usd, second.cost_usd]),
+    )
+
+
+def read_table(path: str | os.PathLike[str]) -> OutcomeTable:
+    """Read and check one Parquet file; the data set is named after its folder.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not an outcome table; the message has the file and the column.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected a Parquet file, got nothing there")
+    try:
+        # read_table would take a folder named a=b for a column
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            table = parquet.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: expected a Parquet file, got {error}") from None
+    columns = table.column_names
+    names = tuple(column.removeprefix("score:") for column in columns if column.startswith("score:"))
+    if not 1 <= len(names) <= MAX_CANDIDATES:
+        raise ValueError(f"{file}: expected 1 to {MAX_CANDIDATES} columns score:<name>, got {len(names)}")
+    for required in ("prompt", *(f"{kind}:{name}" for name in names for kind in ("score", "cost"))):
+        if columns.count(required) != 1:
+            raise ValueError(f"{file}: expected one column {required}, got {columns.count(required)}")
+    prompts = table["prompt"].to_pylist()
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"{file}: prompt: expected at least one row, all of them texts, got others")
+    tasks = tuple(str(task) for task in table["task"].to_pylist()) if "task" in columns else ()
+    score, cost = (
+        np.stack([_floats(table[f"{kind}:{name}"], f"{file}: {kind}:{name}", most) for name in names], axis=1)
+        for kind, most in (("score", 1.0), ("cost", np.inf))
+    )
+    return OutcomeTable(file.resolve().parent.name, tuple(prompts), tasks, names, score, cost)
+
+
+def _floats(column: Any, place: str, most: float) -> NDArray[np.float64]:
+    values = np.array(column.to_numpy(), dtype=object)
+    try:
+        floats = values.astype(np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{place}: expected numbers, got others") from None
+    wrong = ~(np.isfinite(floats) & (floats >= 0.0) & (floats <= most))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(f"{place}: expected values in [0, {most:g}], got {floats[row]} in row {row}")
+    return floats
+
+
+def _prompt_bits(prompt: str, first: int) -> int:
+    # the published splits use the first eight digits of the same hash
+    return int(hashlib.sha256(prompt.strip().encode("utf-8", "surrogatepass")).hexdigest()[first : first + 8], 16)
+
+
+def is_cal(prompts: Sequence[str]) -> NDArray[np.bool_]:
+    """Which training rows are set aside for calibration: a quarter, by prompt hash, (n,)."""
+    return np.array([_prompt_bits(prompt, 8) % _CAL_SHARE == 0 for prompt in prompts], np.bool_)
+
+
+def fold_of(prompts: Sequence[str]) -> NDArray[np.int64]:
+    """Fold of every row, 0 ... 4, by prompt hash, so that equal prompts share one, (n,)."""
+    return np.array([_prompt_bits(prompt, 16) % FOLDS for prompt in prompts], np.int64)
+
+
+def shared_prompts(first: Iterable[str], second: Iterable[str]) -> set[str]:
+    """Prompts that are in both, white space around them apart."""
+    return {prompt.strip() for prompt in first} & {prompt.strip() for prompt in second}
+
+
+@dataclass(frozen=True)
+class Division:
+    """The rows of a data set by what they may be used for.
+
+    Attributes:
+        fit: everything that is chosen is chosen here, out of fold. calibration: cal + val; read once, by the
+            certificate.
+    """
+
+    fit: OutcomeTable
+    calibration: OutcomeTable
+
+
+def read_division(folder: str | os.PathLike[str]) -> Division:
+    """Divide ``train.parquet`` and ``val.parquet`` of a folder into fit and calibration rows.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_table`; also where a prompt is in both files.
+    """
+    train = read_table(Path(folder) / "train.parquet")
+    val = read_table(Path(folder) / "val.parquet")
+    if set(val.candidates) != set(train.candidates):
+        raise ValueError(f"{Path(folder) / 'val.parquet'}: expected the candidates of train.parquet, got others")
+    val = val.with_candidates(train.candidates)
+    crossing = shared_prompts(train.prompts, val.prompts)
+    if crossing:
+        raise ValueError(f"{folder}: expected no prompt in both train and val, got {len(crossing)}")
+    cal = is_cal(train.prompts)
+    if cal.all() or not cal.any():
+        raise ValueError(f"{folder}: expected enough training rows to set a quarter aside, got {len(train)}")
+    return Division(train.take(~cal), concatenate(train.take(cal), val))
