@@ -1,0 +1,1 @@
+"""From an outcome table to a checkpoint."""

@@ -1,0 +1,155 @@
+"""From a path and calibration rows to a certificate, through the engine that will serve it."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proteus_fast import _core
+from proteus_fast.certificate import (
+    Certificate,
+    Mode,
+    Path,
+    PathCertificate,
+    build_dual_path,
+    cost_scale,
+    count_successes,
+    round_scores,
+)
+from proteus_fast.checkpoint import Array, Checkpoint, Config
+from proteus_fast.evaluation.outcomes import OutcomeTable, is_cal
+from proteus_fast.pool import Candidate, Pool
+from proteus_fast.router import Router
+
+DUAL_GAMMA = 4.0
+"""Cost sensitivity of a router without a policy: with b = 0 it only spaces the preferences along the path."""
+
+
+def mixing_key(seed: int) -> int:
+    """Key of the mixing hash; it depends on the seed alone, so that no label can have shaped it."""
+    return int.from_bytes(hashlib.sha256(f"proteus-fast mixing key {seed}".encode()).digest()[:8], "little")
+
+
+def calibrate(
+    config: Config,
+    tensors: Mapping[str, Array],
+    paths: Mapping[Mode, Path],
+    table: OutcomeTable,
+    *,
+    delta: float,
+    seed: int,
+    x: NDArray[np.float32] | None = None,
+) -> Certificate:
+    """Count what every step of every path gets right on the calibration rows, once.
+
+    Args:
+        config, tensors: the router. paths: fixed before this call, without these rows' labels. table: calibration rows,
+            candidates in the pool's order. delta: error probability. seed: of the key and the rounding of graded
+            scores.
+        x: embeddings of the rows, (n, D); None: the router encodes them.
+    """
+    key = mixing_key(seed)
+    facts: dict[str, Any] = {
+        "delta": delta,
+        "n": len(table),
+        "data_sha256": table.sha256,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "rounding_seed": seed,
+        "key": key,
+    }
+    uncounted = {mode: PathCertificate(path, np.zeros(len(path.code), np.int64)) for mode, path in paths.items()}
+    router = Router(Checkpoint(config, tensors, Certificate.build(uncounted, **facts)))
+    embeddings = router.encode(table.prompts) if x is None else x
+    outcome = round_scores(table.score, seed)
+    u = _core.row_hash(embeddings, key)
+    counted: dict[Mode, PathCertificate] = {}
+    for mode, path in paths.items():
+        choice = router.snapshot.choose_path(embeddings, mode)
+        if (choice < 0).any():
+            row = int(np.flatnonzero((choice < 0).any(axis=0))[0])
+            raise ValueError(f"x: expected embeddings that can be routed, got others in calibration row {row}")
+        counted[mode] = PathCertificate(path, count_successes(path, choice, outcome, u))
+    return Certificate.build(counted, **facts)
+
+
+def pool_of(table: OutcomeTable) -> Pool:
+    """Candidates of a table with their mean cost and mean score."""
+    figures = zip(table.candidates, table.cost_usd.mean(axis=0), table.score.mean(axis=0), strict=True)
+    return Pool(Candidate(name, float(price), float(score)) for name, price, score in figures)
+
+
+def plug_in_checkpoint(
+    fit: OutcomeTable,
+    p: NDArray[np.float64],
+    calibration: OutcomeTable,
+    x: NDArray[np.float32],
+    tensors: Mapping[str, Array] | None = None,
+    *,
+    encoder: tuple[float, ...] = (),
+    link: str = "clip",
+    delta: float,
+    seed: int,
+    label_definition: str = "score of the outcome table, a mean of which is accuracy",
+) -> Checkpoint:
+    """Certify the plug-in rule of any predictor: ours and the baselines' go through this one function.
+
+    Args:
+        fit: rows that the predictor was trained on. p: its out-of-fold predictions there, (n, K). calibration: rows
+        that
+            nothing has read. x: embeddings of the calibration rows, (m, D); without ``tensors``, their predicted
+            accuracies themselves, (m, K). tensors: the router's. encoder: block weights where it has the hash encoder.
+    """
+    candidates = len(fit.candidates)
+    if tensors is None:
+        tensors = {
+            "predictor.weight": np.eye(candidates, dtype=np.float32),
+            "predictor.bias": np.zeros(candidates, np.float32),
+        }
+    pool = pool_of(fit)
+    unit = max(float(pool.price_usd.max()), 1e-12)
+    kappa = cost_scale(np.clip(p, 0.0, 1.0), pool.price_usd / unit)
+    config = Config(
+        pool=pool,
+        encoder="hash" if encoder else "none",
+        input_dim=x.shape[1],
+        projection="mlp" if "projection.w1" in tensors else "none",
+        link="sigmoid" if link == "sigmoid" else "clip",
+        head=None,
+        mode="dual",
+        kappa=kappa,
+        gamma=DUAL_GAMMA,
+        cost_unit_usd=unit,
+        block_weight=encoder,
+        label_definition=label_definition,
+        data_set=fit.name,
+        data_sha256=fit.sha256,
+        rows=len(fit),
+    )
+    path = build_dual_path(
+        np.clip(p, 0.0, 1.0), fit.score, pool.price_usd, cost_unit_usd=unit, kappa=kappa, gamma=DUAL_GAMMA
+    )
+    table = calibration.with_candidates(pool.names)
+    certificate = calibrate(config, tensors, {"dual": path}, table, delta=delta, seed=seed, x=x)
+    return Checkpoint(config, tensors, certificate)
+
+
+def recertify(source: Checkpoint, table: OutcomeTable, *, delta: float, seed: int) -> Checkpoint:
+    """The same router with a certificate from other labelled queries; its paths stay what they are.
+
+    Args:
+        source: a router with a text encoder. table: queries that nothing of the router was chosen on.
+
+    Raises:
+        ValueError: the table lacks a candidate, or the router cannot encode texts.
+    """
+    if source.config.data_sha256 in (table.sha256, table.take(~is_cal(table.prompts)).sha256):
+        raise ValueError("table: expected queries that the router was not trained on, got its training table")
+    paths = {mode: entry.path for mode, entry in source.certificate.paths.items()}
+    rows = table.with_candidates(source.config.pool.names)
+    certificate = calibrate(source.config, source.tensors, paths, rows, delta=delta, seed=seed)
+    return Checkpoint(source.config, source.tensors, certificate)
