@@ -1,0 +1,1 @@
+"""The gRPC server of proteus_fast, and its client (which needs no torch)."""

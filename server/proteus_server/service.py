@@ -1,0 +1,353 @@
+"""RouterService: requests as bytes in, replies as bytes out, every decision through the core's batcher.
+
+Handlers take and give bytes so that a request which does not parse is refused here, like any other bad request, and
+so that parsing and serialising run in the worker's thread and not in the one that polls for all calls.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import TYPE_CHECKING, TypeVar
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
+
+from proteus_fast.checkpoint import SCHEMA
+from proteus_server import errors
+from proteus_server import proteus_pb2 as pb
+
+if TYPE_CHECKING:
+    from proteus_fast._core import Batcher
+    from proteus_fast.certificate import Guarantee, Mode
+    from proteus_fast.router import Router
+
+SERVICE_NAME = "proteus.v1.RouterService"
+DATA_PLANE = "grpcio"
+MAX_MESSAGE_BYTES = 8 << 20
+MAX_BATCH_ROWS = 65_536
+# a call without a deadline shows as one that is centuries away
+_NO_DEADLINE_S = 1e6
+_ALL_CANDIDATES = (1 << 64) - 1
+_FLOAT_BYTES = 4
+_STATUS_INFEASIBLE = 2
+_STATUS_INVALID = 4
+_MODES: dict[int, Mode | None] = {0: None, 1: "dual", 2: "policy"}
+_GUARANTEES: dict[int, Guarantee] = {0: "certified", 1: "certified", 2: "calibrated"}
+
+_Request = TypeVar("_Request", bound=Message)
+_Violations = list[tuple[str, str]]
+
+
+class RouterService:
+    """The handlers of one loaded router. Safe to call from many threads."""
+
+    def __init__(self, router: Router, batcher: Batcher, *, workers: int, queue_calls: int) -> None:
+        """Serve `router`, whose snapshot `batcher` already holds.
+
+        Args:
+            workers: calls that are worked on at once. queue_calls: only reported.
+        """
+        self.draining = False
+        self._slots = threading.Semaphore(workers)
+        self._router = router
+        self._batcher = batcher
+        self._names: tuple[str, ...] = tuple(router.pool.names)
+        self._bit = {name: 1 << index for index, name in enumerate(self._names)}
+        self._input_dim = router.input_dim
+        self._takes_text = router.checkpoint.config.encoder == "hash"
+        self._default_mode = router.mode
+        self._has_policy = _has_policy(router)
+        self._queue_calls = queue_calls
+        self._versions = pb.Versions(**router.versions)
+
+    def method_handlers(self, pool: futures.ThreadPoolExecutor) -> dict[str, grpc.RpcMethodHandler]:
+        """One handler for each method of the service, to run in `pool`."""
+        calls: dict[str, Callable[[bytes, grpc.ServicerContext], Message]] = {
+            "Route": self._route,
+            "RouteBatch": self._route_batch,
+            "GetInfo": self._get_info,
+            "Explain": _unimplemented,
+            "ReportOutcome": _unimplemented,
+        }
+        return {name: self._guarded(name, call, pool) for name, call in calls.items()}
+
+    def check(self) -> None:
+        """Make one real decision.
+
+        Raises:
+            RuntimeError: the decision is not a valid one; QueueFullError and TimeoutError as the batcher raises them.
+        """
+        texts, x = (["ready?"], None) if self._takes_text else (None, np.zeros((1, self._input_dim), np.float32))
+        result = self._batcher.route(texts, x, 0.5, available=_ALL_CANDIDATES, deadline_s=5.0)
+        choice, status = int(result.choice[0]), int(result.status[0])
+        if not 0 <= choice < len(self._names) or status == _STATUS_INVALID:
+            raise RuntimeError(f"router: expected a decision, got choice {choice} with status {status}")
+
+    def _guarded(
+        self,
+        method: str,
+        call: Callable[[bytes, grpc.ServicerContext], Message],
+        pool: futures.ThreadPoolExecutor,
+    ) -> grpc.RpcMethodHandler:
+        """Wrap `call`: whatever it raises becomes a status of the error table, and nothing of an exception leaks."""
+
+        def handler(request: bytes, context: grpc.ServicerContext) -> bytes:
+            try:
+                self._take_slot(context)
+                try:
+                    reply: bytes = call(request, context).SerializeToString()
+                finally:
+                    self._slots.release()
+                return reply
+            except Exception as error:
+                refusal = errors.refusal_of(error, method, draining=self.draining)
+            context.abort_with_status(errors.to_grpc(refusal))
+            raise AssertionError  # abort has raised
+
+        # grpcio runs a handler with this attribute in that pool: a full one keeps no health check waiting
+        handler.experimental_thread_pool = pool  # type: ignore[attr-defined]
+        return grpc.unary_unary_rpc_method_handler(handler)
+
+    def _take_slot(self, context: grpc.ServicerContext) -> None:
+        """Wait for one of the places to work in, at most until the call's deadline.
+
+        grpcio gives a call its thread before the request has arrived. So there are as many threads as calls may wait,
+        and this bound on those at work: a client that sends slowly, or never, holds a thread but no place.
+
+        Raises:
+            TimeoutError: the deadline has passed, or the client has left.
+        """
+        if self._slots.acquire(blocking=False):
+            return
+        if not self._slots.acquire(timeout=_remaining_s(context)):
+            raise TimeoutError
+        if not context.is_active():
+            self._slots.release()
+            raise TimeoutError
+
+    def _route(self, data: bytes, context: grpc.ServicerContext) -> Message:
+        remaining_s = _remaining_s(context)
+        request = _parse(pb.RouteRequest, data)
+        violations: _Violations = []
+        texts: list[str] | None = None
+        x: NDArray[np.float32] | None = None
+        which = request.WhichOneof("input")
+        if which == "text":
+            texts = [request.text]
+            self._check_text(violations, "text")
+        elif which == "embedding":
+            x = self._embeddings(violations, "embedding", request.embedding, 1)
+        else:
+            violations.append(("input", "expected text or embedding, got neither"))
+        if not request.HasField("tau"):
+            violations.append(("tau", "expected a number in [0, 1], got none"))
+        elif not 0.0 <= request.tau <= 1.0:
+            violations.append(("tau", f"expected a number in [0, 1], got {request.tau!r}"))
+        available, mode, guarantee = self._options(violations, request)
+        if violations:
+            raise errors.invalid(violations)
+        result = self._batcher.route(
+            texts, x, request.tau, mode=mode, guarantee=guarantee, available=available, deadline_s=remaining_s
+        )
+        choice, status = int(result.choice[0]), int(result.status[0])
+        if status == _STATUS_INVALID:
+            if x is not None and not np.isfinite(x).all():
+                raise errors.invalid([("embedding", "expected finite values, got NaN or infinity")])
+            raise _no_candidate()
+        if request.strict and status == _STATUS_INFEASIBLE:
+            raise _infeasible(request.tau, 1, self._tau_max(mode, guarantee))
+        floor = float(result.certified_floor[0])
+        return pb.RouteReply(
+            candidate=self._names[choice],
+            choice=choice,
+            mu=float(result.mu[0]),
+            score=float(result.score[0]),
+            status=status,  # type: ignore[arg-type]
+            certified_floor=None if math.isnan(floor) else round(floor, 3),
+            tau_max=self._tau_max(mode, guarantee),
+            fallbacks=self._fallbacks(result.scores[0].tolist(), choice),
+            timings=pb.Timings(queue_ns=result.queue_ns, encode_ns=result.encode_ns, decide_ns=result.decide_ns),
+            versions=self._versions,
+        )
+
+    def _route_batch(self, data: bytes, context: grpc.ServicerContext) -> Message:
+        remaining_s = _remaining_s(context)
+        request = _parse(pb.RouteBatchRequest, data)
+        violations: _Violations = []
+        texts: list[str] | None = None
+        x: NDArray[np.float32] | None = None
+        rows = len(request.texts)
+        if request.texts and request.embeddings:
+            violations.append(("texts", "expected texts or embeddings, got both"))
+        elif request.texts:
+            self._check_text(violations, "texts")
+            if request.rows not in (0, rows):
+                violations.append(("rows", f"expected {rows} as there are texts, got {request.rows}"))
+            texts = list(request.texts)
+        elif request.embeddings:
+            rows = request.rows
+            x = self._embeddings(violations, "embeddings", request.embeddings, rows)
+        else:
+            violations.append(("texts", "expected texts or embeddings, got neither"))
+        if rows > MAX_BATCH_ROWS:
+            violations.append(("rows", f"expected at most {MAX_BATCH_ROWS}, got {rows}"))
+        if len(request.tau) not in (1, rows) or not request.tau:
+            expected = "1" if rows <= 1 else f"1 or {rows}"
+            violations.append(("tau", f"expected {expected} values, got {len(request.tau)}"))
+        available, mode, guarantee = self._options(violations, request)
+        if violations:
+            raise errors.invalid(violations)
+        tau = np.empty(rows, np.float64)
+        tau[:] = request.tau
+        result = self._batcher.route(
+            texts,
+            x,
+            tau,
+            mode=mode,
+            guarantee=guarantee,
+            available=available,
+            deadline_s=remaining_s,
+        )
+        if request.strict:
+            self._check_strict(result.status, x, tau, self._tau_max(mode, guarantee))
+        return pb.RouteBatchReply(
+            candidates=self._names,
+            choice=result.choice.tolist(),
+            mu=result.mu.tolist(),
+            score=result.score.tolist(),
+            status=result.status.tolist(),
+            certified_floor=result.certified_floor.astype(np.float64).round(3).tolist(),
+            tau_max=self._tau_max(mode, guarantee),
+            timings=pb.Timings(queue_ns=result.queue_ns, encode_ns=result.encode_ns, decide_ns=result.decide_ns),
+            versions=self._versions,
+        )
+
+    def _get_info(self, data: bytes, context: grpc.ServicerContext) -> Message:
+        _remaining_s(context)
+        _parse(pb.GetInfoRequest, data)
+        router = self._router
+        return pb.GetInfoReply(
+            candidates=[
+                pb.Candidate(name=candidate.name, price_usd_per_query=candidate.price_usd) for candidate in router.pool
+            ],
+            input_dim=self._input_dim,
+            takes_text=self._takes_text,
+            default_mode=pb.MODE_POLICY if router.mode == "policy" else pb.MODE_DUAL,
+            delta=router.certificate.delta,
+            calibration_rows=router.certificate.n,
+            tau_max=router.tau_max,
+            data_plane=DATA_PLANE,
+            checkpoint_schema=SCHEMA,
+            versions=self._versions,
+            limits=pb.Limits(message_bytes=MAX_MESSAGE_BYTES, batch_rows=MAX_BATCH_ROWS, queue_calls=self._queue_calls),
+        )
+
+    def _options(
+        self, violations: _Violations, request: pb.RouteRequest | pb.RouteBatchRequest
+    ) -> tuple[int, Mode | None, Guarantee]:
+        """The bit mask of `available`, the mode and the guarantee."""
+        available = 0 if request.available else _ALL_CANDIDATES
+        for index, name in enumerate(request.available):
+            bit = self._bit.get(name)
+            if bit is None:
+                violations.append((f"available[{index}]", "expected a candidate of the pool, got an unknown name"))
+            else:
+                available |= bit
+        if request.mode not in _MODES:
+            violations.append(("mode", f"expected 0, 1 or 2, got {request.mode}"))
+        elif request.mode == pb.MODE_POLICY and not self._has_policy:
+            violations.append(("mode", "expected MODE_DUAL, got MODE_POLICY: this router has no policy network"))
+        if request.guarantee not in _GUARANTEES:
+            violations.append(("guarantee", f"expected 0, 1 or 2, got {request.guarantee}"))
+        return available, _MODES.get(request.mode), _GUARANTEES.get(request.guarantee, "certified")
+
+    def _check_text(self, violations: _Violations, field: str) -> None:
+        if not self._takes_text:
+            violations.append((field, "expected an embedding: this router encodes no text"))
+
+    def _embeddings(self, violations: _Violations, field: str, data: bytes, rows: int) -> NDArray[np.float32] | None:
+        """(rows, D) float32 over the request's bytes, no copy; None with a violation where the length is another."""
+        expected = rows * self._input_dim * _FLOAT_BYTES
+        if len(data) != expected or not rows:
+            text = f"expected {expected} bytes ({rows} x {self._input_dim} float32, little-endian), got {len(data)}"
+            violations.append(("rows", "expected the number of embeddings, got 0") if not rows else (field, text))
+            return None
+        return np.frombuffer(data, "<f4").reshape(rows, self._input_dim)
+
+    def _tau_max(self, mode: Mode | None, guarantee: Guarantee) -> float | None:
+        return self._router.certificate.tau_max(mode or self._default_mode, guarantee)
+
+    def _check_strict(
+        self,
+        status: NDArray[np.uint8],
+        x: NDArray[np.float32] | None,
+        tau: NDArray[np.float64],
+        tau_max: float | None,
+    ) -> None:
+        """Refuse a batch with an INVALID row, which is named, or with an INFEASIBLE one."""
+        invalid = np.flatnonzero(status == _STATUS_INVALID)
+        if invalid.size:
+            row = int(invalid[0])
+            if not 0.0 <= tau[row] <= 1.0:
+                raise errors.invalid([(f"tau[{row}]", f"expected a number in [0, 1], got {float(tau[row])!r}")])
+            if x is not None and not np.isfinite(x[row]).all():
+                raise errors.invalid([(f"embeddings[{row}]", "expected finite values, got NaN or infinity")])
+            raise _no_candidate()
+        infeasible = np.flatnonzero(status == _STATUS_INFEASIBLE)
+        if infeasible.size:
+            raise _infeasible(float(tau[infeasible[0]]), infeasible.size, tau_max)
+
+    def _fallbacks(self, scores: Sequence[float], choice: int) -> list[str]:
+        """The other eligible candidates, best score first, the lowest index where scores tie."""
+        others = [index for index, score in enumerate(scores) if index != choice and score > -math.inf]
+        others.sort(key=lambda index: -scores[index])
+        return [self._names[index] for index in others]
+
+
+def _has_policy(router: Router) -> bool:
+    try:
+        router.snapshot.route(np.zeros((1, router.input_dim), np.float32), 0.0, mode="policy")
+    except ValueError:
+        return False
+    return True
+
+
+def _no_candidate() -> errors.Refusal:
+    return errors.precondition("NO_CANDIDATE", "available: expected an eligible candidate, got none")
+
+
+def _infeasible(tau: float, rows: int, tau_max: float | None) -> errors.Refusal:
+    metadata = {"rows": str(rows)} if tau_max is None else {"rows": str(rows), "tau_max": f"{tau_max:g}"}
+    expected = "another mode: this one certifies no target" if tau_max is None else f"at most {tau_max:g} (tau_max)"
+    return errors.precondition("INFEASIBLE", f"tau: expected {expected}, got {tau!r}", metadata)
+
+
+def _unimplemented(_data: bytes, _context: grpc.ServicerContext) -> Message:
+    raise errors.unimplemented()
+
+
+def _parse(kind: type[_Request], data: bytes) -> _Request:
+    try:
+        request: _Request = kind.FromString(data)
+        return request
+    except DecodeError:
+        raise errors.invalid(
+            [("request", f"expected a {kind.DESCRIPTOR.full_name}, got {len(data)} bytes that are none")]
+        ) from None
+
+
+def _remaining_s(context: grpc.ServicerContext) -> float | None:
+    """Seconds until the call's deadline; None: it has none.
+
+    Raises:
+        TimeoutError: the deadline has passed.
+    """
+    remaining_s = float(context.time_remaining())
+    if remaining_s <= 0.0:
+        raise TimeoutError
+    return remaining_s if remaining_s < _NO_DEADLINE_S else None

@@ -1,0 +1,247 @@
+"""A real server on a real router, raw calls that no client library would make, and a batcher that can be held."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from proteus_fast import Candidate, Certificate, Pool, Router
+from proteus_fast._core import Batcher
+from proteus_fast.certificate import MIXING_STEPS, PathCertificate
+from proteus_fast.certificate import Path as PolicyPath
+from proteus_fast.checkpoint import Checkpoint, Config
+from proteus_server import app
+from proteus_server import proteus_pb2 as pb
+
+SERVICE = "proteus.v1.RouterService"
+
+
+class Answer(NamedTuple):
+    """What a call came to: its status, and either the reply's bytes or the error's text and details."""
+
+    code: grpc.StatusCode
+    reply: bytes
+    text: str
+    status: status_pb2.Status | None
+    metadata: str
+
+    def detail(self, kind: Any) -> Any:
+        """The error detail of this kind; None where there is none."""
+        for packed in self.status.details if self.status is not None else ():
+            found = kind()
+            if packed.Unpack(found):
+                return found
+        return None
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields that the error names."""
+        bad_request = self.detail(error_details_pb2.BadRequest)
+        return [] if bad_request is None else [violation.field for violation in bad_request.field_violations]
+
+
+class Wire:
+    """Calls by name with any bytes, each with a deadline."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = grpc.insecure_channel(
+            address,
+            options=[
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.max_receive_message_length", -1),
+                ("grpc.max_send_message_length", -1),
+            ],
+        )
+
+    def call(
+        self,
+        method: str,
+        request: Message | bytes = b"",
+        *,
+        service: str = SERVICE,
+        timeout: float = 20.0,
+        **options: Any,
+    ) -> Answer:
+        data = request if isinstance(request, bytes) else request.SerializeToString()
+        try:
+            return Answer(
+                grpc.StatusCode.OK,
+                self.channel.unary_unary(f"/{service}/{method}")(data, timeout=timeout, **options),
+                "",
+                None,
+                "",
+            )
+        except grpc.RpcError as error:
+            return Answer(
+                error.code(), b"", error.details() or "", rpc_status.from_call(error), repr(error.trailing_metadata())
+            )
+
+    def start(self, method: str, request: Message, *, timeout: float = 20.0) -> grpc.Future:
+        """A call that is not waited for."""
+        return self.channel.unary_unary(f"/{SERVICE}/{method}").future(request.SerializeToString(), timeout=timeout)
+
+    def health(self, service: str = SERVICE) -> int:
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        return int(stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5.0).status)
+
+    def works(self) -> bool:
+        """Whether the server decides and says that it is healthy."""
+        answer = self.call("Route", pb.RouteRequest(text="Is all well?", tau=0.5))
+        return (
+            answer.code is grpc.StatusCode.OK
+            and pb.RouteReply.FromString(answer.reply).choice >= 0
+            and self.health() == health_pb2.HealthCheckResponse.SERVING
+        )
+
+
+class HeldBatcher:
+    """The real batcher behind a gate: while the gate is shut, calls wait before they reach it."""
+
+    latest: HeldBatcher
+
+    def __init__(self, snapshot: Any, **options: Any) -> None:
+        self._batcher = Batcher(snapshot, **options)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+        self.calls = 0
+        self.failure: Exception | None = None
+        type(self).latest = self
+
+    def route(self, *arguments: Any, **options: Any) -> Any:
+        self.calls += 1
+        self.entered.release()
+        self.gate.wait(30.0)
+        if self.failure is not None:
+            raise self.failure
+        return self._batcher.route(*arguments, **options)
+
+    def close(self, drain: bool = True) -> None:
+        self._batcher.close(drain)
+
+
+def tiny_checkpoint(*, encoder: Any = "hash", mode: Any = "dual", right: int = 900) -> Checkpoint:
+    """Four candidates with random weights and a policy network, `right` of 1000 calibration rows right."""
+    random = np.random.default_rng(7)
+    dim, hidden, knots, rows, k, vertices = 16, 8, 3, 64, 4, 5
+
+    def normal(*shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return random.standard_normal(shape, np.float32)
+
+    tensors: dict[str, Any] = {"predictor.weight": normal(dim, k) / 8, "predictor.bias": np.full(k, 0.5, np.float32)}
+    tensors |= {
+        "policy.w1": normal(dim + 2, hidden),
+        "policy.w2": normal(hidden, hidden),
+        "policy.w3": normal(hidden, 2),
+    }
+    tensors |= {f"policy.{name}": normal(hidden) for name in ("b1", "b2", "gate_weight", "gate_bias")}
+    tensors |= {"policy.b3": normal(2), "policy.prior": normal(k) / 8}
+    tensors |= {
+        f"policy.knots_{name}": np.linspace(0.0, 1.0, knots, dtype=np.float32) for name in ("tau", "dual", "mu")
+    }
+    if encoder == "hash":
+        tensors |= {"encoder.table": random.integers(-127, 128, (rows, dim), np.int8)}
+        tensors |= {f"encoder.{name}": np.full(rows, 0.01, np.float32) for name in ("row_scale", "idf")}
+    config = Config(
+        pool=Pool([Candidate(f"model-{i}", 0.001 * 2.0**i, 0.5 + 0.1 * i) for i in range(k)]),
+        encoder=encoder,
+        input_dim=dim,
+        projection="none",
+        link="clip",
+        head="residual",
+        mode=mode,
+        kappa=0.5,
+        gamma=2.0,
+        cost_unit_usd=0.008,
+        block_weight=(1.0, 0.5, 0.5, 0.2),
+        label_definition="a made-up score",
+        data_set="made up",
+        data_sha256="0" * 64,
+        rows=1000,
+    )
+    path = PolicyPath(np.linspace(1.0, 0.0, vertices, dtype=np.float32), np.linspace(0.008, 0.001, vertices))
+    successes = np.linspace(right, right // 2, (vertices - 1) * MIXING_STEPS + 1).astype(np.int64)
+    certificate = Certificate.build(
+        {"dual": PathCertificate(path, successes), "policy": PathCertificate(path, successes - right // 9)},
+        delta=0.1,
+        n=1000,
+        data_sha256="0" * 64,
+        date="2025-01-01",
+        rounding_seed=0,
+        key=1234567,
+    )
+    return Checkpoint(config, tensors, certificate)
+
+
+@pytest.fixture(scope="session")
+def router() -> Router:
+    """The embedded router."""
+    return Router.load()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Router]:
+    """Make a router from `tiny_checkpoint`'s arguments."""
+
+    def make(**options: Any) -> Router:
+        return Router(tiny_checkpoint(**options))
+
+    return make
+
+
+@pytest.fixture
+def socket_dir() -> Iterator[Path]:
+    """A folder whose path leaves room for a socket's name (107 bytes at most)."""
+    with tempfile.TemporaryDirectory(prefix="proteus-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module", params=["unix", "tcp"])
+def address(request: pytest.FixtureRequest, router: Router) -> Iterator[str]:
+    """The address of one server for a whole test file, once on a Unix socket and once on TCP."""
+    with tempfile.TemporaryDirectory(prefix="proteus-") as folder:
+        place = f"unix:{folder}/server" if request.param == "unix" else "127.0.0.1:0"
+        with app.Server(router, place).running() as bound:
+            yield bound
+
+
+@pytest.fixture(scope="module")
+def wire(address: str) -> Iterator[Wire]:
+    calls = Wire(address)
+    with contextlib.closing(calls.channel):
+        yield calls
+
+
+StartServer = Callable[..., tuple[app.Server, Wire, HeldBatcher]]
+
+
+@pytest.fixture
+def held_server(router: Router, monkeypatch: pytest.MonkeyPatch, socket_dir: Path) -> Iterator[StartServer]:
+    """Start a server, with these options, whose batcher can be held."""
+    monkeypatch.setattr(app, "Batcher", HeldBatcher)
+    with contextlib.ExitStack() as stack:
+
+        def start(**options: Any) -> tuple[app.Server, Wire, HeldBatcher]:
+            server = app.Server(router, f"unix:{socket_dir}/held", app.Options(**options))
+            batcher = HeldBatcher.latest
+            calls = Wire(stack.enter_context(server.running()))
+            stack.callback(calls.channel.close)
+            stack.callback(batcher.gate.set)
+            # the first decision is the server's own
+            assert batcher.entered.acquire(timeout=10.0)
+            return server, calls, batcher
+
+        yield start

@@ -1,0 +1,319 @@
+"""From start to exit: one line when ready, drains that lose nothing, exit statuses, sockets that stay or go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from proteus_server import proteus_pb2 as pb
+from proteus_server.client import Client
+
+CANARY = "canary-91c2-the-prompt-of-a-user"
+READY_S = 60.0
+
+
+class Process:
+    """`python -m proteus_server` with its output read as it comes."""
+
+    def __init__(self, *arguments: str, cwd: Path, **environment: str) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "proteus_server", *arguments],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.out: queue.Queue[str] = queue.Queue()
+        self.output: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=(pipe, pipe is self.popen.stdout))
+            for pipe in (self.popen.stdout, self.popen.stderr)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, pipe: Any, is_out: bool) -> None:
+        for line in pipe:
+            self.output.append(line)
+            if is_out:
+                self.out.put(line)
+        pipe.close()
+
+    def address(self) -> str:
+        line = self.out.get(timeout=READY_S)
+        assert line.startswith("listening on ")
+        return line.removeprefix("listening on ").strip()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.popen.send_signal(number)
+        return self.wait()
+
+    def wait(self, timeout: float = 60.0) -> int:
+        status = self.popen.wait(timeout)
+        for reader in self._readers:
+            reader.join()
+        return status
+
+    @property
+    def text(self) -> str:
+        return "".join(self.output)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str, **environment: str) -> Process:
+            process = Process(*arguments, cwd=tmp_path, **environment)
+
+            def end() -> None:
+                if process.popen.poll() is None:
+                    process.popen.kill()
+                process.wait()
+
+            stack.callback(end)
+            return process
+
+        yield start
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_started_and_stopped(launch: Any, socket_dir: Path, kind: str, number: int) -> None:
+    path = socket_dir / "s"
+    process = launch("--address", f"unix:{path}" if kind == "unix" else "localhost:0")
+    address = process.address()
+    with Client(address, timeout_s=10.0) as client:
+        assert client.healthy()
+        assert client.route(CANARY, tau=0.5).candidate
+    assert process.stop(number) == 0
+    assert not path.exists()
+    lines = process.text.splitlines()
+    assert [line for line in lines if line.startswith("listening on ")] == [f"listening on {address}"]
+    logged = [line.split("proteus_server: ")[1].split(":")[0] for line in lines if "proteus_server: " in line]
+    assert logged == ["start", "drain", "stop"]
+    assert CANARY not in process.text
+
+
+def test_a_drain_loses_no_call(launch: Any, socket_dir: Path) -> None:
+    process = launch("--address", f"unix:{socket_dir}/s")
+    address = process.address()
+    calls: list[tuple[float, BaseException | None]] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        with Client(address, timeout_s=20.0) as client:
+            while not stop.is_set():
+                start = time.monotonic()
+                try:
+                    client.route("Which gas do plants take in?", tau=0.5)
+                except BaseException as error:
+                    calls.append((start, error))
+                    return
+                calls.append((start, None))
+
+    threads = [threading.Thread(target=load) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    signalled = time.monotonic()
+    assert process.stop() == 0
+    stop.set()
+    for thread in threads:
+        thread.join()
+    lost = [error for start, error in calls if start < signalled and error is not None]
+    assert lost == []
+    refused = [error for _, error in calls if error is not None]
+    assert all(isinstance(error, ConnectionError) for error in refused), refused
+    assert len(calls) > 50
+
+
+def test_a_long_call_is_finished_before_the_exit(launch: Any, socket_dir: Path) -> None:
+    process = launch("--address", f"unix:{socket_dir}/s", "--drain-seconds", "60")
+    address = process.address()
+    answers: list[Any] = []
+    text = "a question with some words to encode " * 30
+
+    def ask() -> None:
+        with Client(address, timeout_s=60.0) as client:
+            answers.append(client.route_batch([text] * 7000, tau=0.5))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.1)
+    assert process.stop() == 0
+    thread.join()
+    assert len(answers[0].choice) == 7000
+
+
+def test_while_draining(held_server: Any) -> None:
+    server, wire, batcher = held_server(workers=2)
+    watch = health_pb2_grpc.HealthStub(wire.channel).Watch(health_pb2.HealthCheckRequest(service=""), timeout=30.0)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    batcher.gate.clear()
+    request = pb.RouteRequest(text="q", tau=0.5)
+    # two run, three wait
+    taken = [wire.start("Route", request) for _ in range(5)]
+    while server._pool.pending < 5:
+        time.sleep(0.001)
+    cut_off: list[int] = []
+    drain = threading.Thread(target=lambda: cut_off.append(server.drain(20.0)))
+    drain.start()
+    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    while not server._admission.draining:
+        time.sleep(0.001)
+    for service in ("", "proteus.v1.RouterService"):
+        assert wire.health(service) == health_pb2.HealthCheckResponse.NOT_SERVING
+    for method, body in [("Route", request), ("GetInfo", b""), ("RouteBatch", b"")]:
+        answer = wire.call(method, body)
+        assert (answer.code, answer.text) == (grpc.StatusCode.UNAVAILABLE, "server: draining, no new calls")
+        assert answer.detail(error_details_pb2.RetryInfo) is not None
+    assert not any(call.done() for call in taken)
+    batcher.gate.set()
+    assert all(pb.RouteReply.FromString(call.result(timeout=10.0)).candidate for call in taken)
+    drain.join(10.0)
+    assert cut_off == [0]
+    assert wire.call("Route", request).code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_what_outlasts_the_drain_is_cut_off(held_server: Any) -> None:
+    server, wire, batcher = held_server(workers=1)
+    batcher.gate.clear()
+    calls = [wire.start("Route", pb.RouteRequest(text="q", tau=0.5)) for _ in range(3)]
+    while server._pool.pending < 3:
+        time.sleep(0.001)
+    start = time.monotonic()
+    assert server.drain(0.3) == 3
+    assert time.monotonic() - start < 5.0
+    assert {call.code() for call in calls} <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    batcher.gate.set()
+
+
+def test_a_second_signal_ends_the_drain(launch: Any, socket_dir: Path) -> None:
+    process = launch("--address", f"unix:{socket_dir}/s", "--drain-seconds", "600")
+    address = process.address()
+    text = "a question with some words to encode " * 400
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        with Client(address, timeout_s=60.0) as client:
+            for _ in range(50):
+                try:
+                    client.route_batch([text] * 550, tau=0.5)
+                except BaseException as error:
+                    failures.append(error)
+                    return
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    process.popen.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.stop() == 0
+    for thread in threads:
+        thread.join()
+    assert all(isinstance(failure, ConnectionError | RuntimeError) for failure in failures)
+
+
+def test_killed_and_started_again(launch: Any, socket_dir: Path) -> None:
+    path = socket_dir / "s"
+    killed = launch("--address", f"unix:{path}")
+    killed.address()
+    killed.popen.kill()
+    killed.wait()
+    assert path.is_socket()
+    second = launch("--address", f"unix:{path}")
+    with Client(second.address(), timeout_s=10.0) as client:
+        assert client.route("q", tau=0.5).candidate
+    third = launch("--address", f"unix:{path}")
+    assert third.wait() == 1
+    assert "address: expected a free socket" in third.text
+    assert path.is_socket()
+    assert second.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "status", "text"),
+    [
+        ([], {}, 2, "--address"),
+        (["--address", "nonsense"], {}, 2, "address: expected HOST:PORT or unix:PATH, got 'nonsense'"),
+        (["--address", "0.0.0.0:0"], {}, 2, "--insecure"),
+        (["--address", "no-such-host.invalid:0"], {}, 1, "address: expected a host that resolves"),
+        (["--address", "192.0.2.7:0", "--insecure"], {}, 1, "address: cannot bind 192.0.2.7:0: "),
+        (["--address", "unix:/no/such/folder/s"], {}, 1, "No such file or directory"),
+        (["--address", "localhost:0", "--checkpoint", "/no/such/folder"], {}, 1, "/no/such/folder"),
+        (["--address", "localhost:0", "--workers", "0"], {}, 2, "workers: expected at least 1, got 0"),
+        (["--address", "localhost:0", "--max-queue", "-1"], {}, 2, "max_queue: expected at least 1, got -1"),
+        (["--address", "localhost:0", "--max-batch-size", "x"], {}, 2, "--max-batch-size"),
+        (["--address", "localhost:0", "--drain-seconds", "nan"], {}, 2, "drain_seconds: expected 0 to 3600, got nan"),
+        (["--address", "localhost:0", "--log-level", "loud"], {}, 2, "--log-level"),
+        (["--address", "localhost:0"], {"PROTEUS_LOG": "loud"}, 2, "PROTEUS_LOG: expected"),
+        (["--no-such-option"], {}, 2, "usage:"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_started(
+    launch: Any, arguments: list[str], environment: dict[str, str], status: int, text: str
+) -> None:
+    process = launch(*arguments, **environment)
+    assert process.wait() == status
+    assert text in process.text
+    assert "Traceback" not in process.text
+    assert "listening" not in process.text
+
+
+def test_insecure_allows_every_interface(launch: Any) -> None:
+    process = launch("--address", "0.0.0.0:0", "--insecure", "--log-level", "warning")
+    port = process.address().rpartition(":")[2]
+    with Client(f"127.0.0.1:{port}", timeout_s=10.0) as client:
+        assert client.healthy()
+    assert process.stop() == 0
+    assert "start:" not in process.text
+
+
+def test_help_names_every_option(launch: Any) -> None:
+    process = launch("--help")
+    assert process.wait() == 0
+    for option in (
+        "address",
+        "checkpoint",
+        "insecure",
+        "max-queue",
+        "max-batch-size",
+        "workers",
+        "drain-seconds",
+        "log-level",
+    ):
+        assert f"--{option}" in process.text
+
+
+def test_no_prompt_is_in_a_debug_log(launch: Any, socket_dir: Path) -> None:
+    process = launch("--address", f"unix:{socket_dir}/s", "--log-level", "debug")
+    with Client(process.address(), timeout_s=20.0) as client:
+        client.route(CANARY, tau=0.5)
+        client.route_batch([CANARY] * 3, tau=0.5)
+        for call in (
+            lambda: client.route(CANARY, tau=3.0),
+            lambda: client.route("q", tau=0.5, available=[CANARY]),
+            lambda: client.route(CANARY * 300_000, tau=0.5),
+        ):
+            with pytest.raises(ValueError, match=r"expected|larger"):
+                call()
+    assert process.stop() == 0
+    assert CANARY not in process.text
