@@ -1,0 +1,274 @@
+"""The command line: ``proteus demo | train | evaluate | route | serve | plan | certify``.
+
+Exit status: 0, 1 on a missed check, 2 on wrong usage or bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proteus_fast import __version__
+from proteus_fast.certificate import Status
+
+if TYPE_CHECKING:
+    from proteus_fast.router import Router
+
+OK, MISSED, USAGE = 0, 1, 2
+# what a shell reports of a command that SIGINT or SIGPIPE ended
+_INTERRUPTED, _READER_GONE = 130, 141
+_FEW_REPEATS = 0.95
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _write_json(value: object) -> None:
+    _write(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _taus(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+    if not all(0.0 <= value <= 1.0 for value in values):
+        raise argparse.ArgumentTypeError(f"expected numbers in [0, 1], got {text!r}")
+    return values
+
+
+def _load(path: str | None) -> Router:
+    from proteus_fast.router import Router
+
+    return Router.load(path or os.environ.get("PROTEUS_CHECKPOINT") or None)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from proteus_fast.demo import run
+
+    return run(Path(arguments.plot), as_json=arguments.json)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from proteus_fast.training.train import TrainConfig, train
+
+    config = TrainConfig(
+        data=arguments.data,
+        out=arguments.out,
+        encoder=arguments.encoder,
+        delta=arguments.delta,
+        seed=arguments.seed,
+        refine=not arguments.no_refine,
+        progress=False if arguments.json else None,
+    )
+    router = _load(str(train(config)))
+    summary = {
+        "checkpoint": str(arguments.out),
+        "data_set": router.checkpoint.config.data_set,
+        "candidates": list(router.pool.names),
+        "delta": router.certificate.delta,
+        "calibration_rows": router.certificate.n,
+        "tau_max": router.tau_max,
+        "router": router.versions["router"],
+    }
+    if arguments.json:
+        _write_json(summary)
+    else:
+        reach = "no target certified" if router.tau_max is None else f"targets certified up to {router.tau_max:.3f}"
+        _write(f"{arguments.out}: {len(router.pool)} candidates, {router.certificate.n} calibration rows, {reach}")
+    return OK
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from proteus_fast.evaluation.outcomes import read_division, read_table
+    from proteus_fast.evaluation.report import LeakError, evaluate
+
+    folder = Path(arguments.data)
+    table = read_table(folder / f"{arguments.split}.parquet")
+    has_division = (folder / "train.parquet").is_file() and (folder / "val.parquet").is_file()
+    division = read_division(folder) if has_division else None
+    router = _load(arguments.checkpoint)
+    steps = 0 if division is None else 3
+    try:
+        # None: off where standard error is no terminal
+        with tqdm(total=steps, desc="baselines", unit="step", disable=True if arguments.json else None) as bar:
+            report = evaluate(
+                router, table, arguments.taus, split=arguments.split, division=division, progress=bar.update
+            )
+    except LeakError as error:
+        sys.stderr.write(f"proteus evaluate: {error}\n")
+        return MISSED
+    if arguments.json:
+        _write_json(report.to_json())
+    else:
+        _write(report.to_markdown())
+    if arguments.plot:
+        report.plot(Path(arguments.plot))
+    return OK
+
+
+def _route(arguments: argparse.Namespace) -> int:
+    decision = _load(arguments.checkpoint).route(
+        arguments.text, arguments.tau, available=arguments.available, guarantee=arguments.guarantee
+    )
+    if arguments.strict and decision.status is Status.INFEASIBLE:
+        sys.stderr.write(f"proteus route: tau: expected at most {decision.tau_max} (tau_max), got {arguments.tau:g}\n")
+        return MISSED
+    answer: dict[str, Any] = decision._asdict()
+    answer["status"] = decision.status.name
+    if arguments.json:
+        _write_json(answer)
+        return OK
+    floor = "none" if decision.certified_floor is None else f"{decision.certified_floor:.3f}"
+    tau_max = "none" if decision.tau_max is None else f"{decision.tau_max:.3f}"
+    _write(f"{decision.candidate}  {decision.status.name}  certified floor {floor}  tau_max {tau_max}")
+    _write(f"mu {decision.mu:.3f}  score {decision.score:.3f}  fallbacks: {', '.join(decision.fallbacks)}")
+    return OK
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from proteus_server.app import serve_from
+
+    return serve_from(arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from proteus_fast.certificate import plan
+
+    labels = plan(arguments.tau, arguments.headroom, arguments.delta)
+    if arguments.json:
+        _write_json({"labels": labels})
+    else:
+        _write(
+            f"{labels:,} labelled queries certify {arguments.tau:g} at delta {arguments.delta:g} with a power of 90 %"
+            f" where the most accurate policy reaches {arguments.tau + arguments.headroom:g}"
+        )
+    return OK
+
+
+def _certify(arguments: argparse.Namespace) -> int:
+    from proteus_fast import checkpoint
+    from proteus_fast.evaluation.outcomes import read_table
+    from proteus_fast.training.calibrate import recertify
+
+    table = read_table(arguments.data)
+    source = checkpoint.load(arguments.checkpoint)
+    result = recertify(source, table, delta=arguments.delta, seed=arguments.seed)
+    checkpoint.save(result, arguments.out)
+    certificate = result.certificate
+    tau_max = certificate.tau_max(result.config.mode)
+    distinct = len(set(table.prompts))
+    if distinct < _FEW_REPEATS * certificate.n:
+        sys.stderr.write(
+            f"proteus certify: only {distinct} of {certificate.n} queries are distinct; the bound takes rows for"
+            " independent draws, and a query that the table repeats more often than traffic does makes it too high\n"
+        )
+    if arguments.json:
+        facts = {"n": certificate.n, "distinct": distinct, "delta": certificate.delta, "tau_max": tau_max}
+        _write_json({"checkpoint": arguments.out, **facts})
+    else:
+        reach = "no target is certified" if tau_max is None else f"targets up to {tau_max:.3f} are certified"
+        _write(f"{arguments.out}: {reach} on {certificate.n} rows at delta {certificate.delta:g}")
+    return MISSED if tau_max is None else OK
+
+
+def _parser(*, with_server: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="proteus", description="Route each query to the cheapest language model that keeps an accuracy target."
+    )
+    parser.add_argument("--version", action="version", version=f"proteus-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str, json_of: str | None) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        if json_of is not None:
+            command.add_argument("--json", action="store_true", help=f"print {json_of} as JSON")
+        return command
+
+    demo = add("demo", _demo, "start a server on the embedded router, route queries, print a table", "the table")
+    demo.add_argument("--plot", default="proteus-frontier.png", help="where the frontier goes (default %(default)s)")
+
+    train = add("train", _train, "train a router on DIR/{train,val}.parquet", "a summary")
+    train.add_argument("--data", required=True, metavar="DIR")
+    train.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to write")
+    train.add_argument("--encoder", choices=["hash"], default="hash")
+    train.add_argument("--delta", type=float, default=0.1, help="error probability of the certificate (default .1)")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--no-refine", action="store_true", help="keep the closed form without trying gradient steps")
+
+    evaluate = add(
+        "evaluate", _evaluate, "accuracy, floors and cost on an outcome table, beside baselines", "the report"
+    )
+    evaluate.add_argument("checkpoint", nargs="?", metavar="CKPT", help="default: the embedded router")
+    evaluate.add_argument("--data", required=True, metavar="DIR")
+    evaluate.add_argument("--split", default="test", help="reads DIR/SPLIT.parquet (default %(default)s)")
+    evaluate.add_argument("--taus", type=_taus, metavar="T,T,...", help="default: relative to what the pool reaches")
+    evaluate.add_argument("--plot", metavar="PNG", help="also draw accuracy against cost")
+
+    route = add("route", _route, "choose a candidate for one text", "the decision")
+    route.add_argument("text")
+    route.add_argument("--tau", type=float, required=True, help="accuracy target in [0, 1]")
+    route.add_argument("--checkpoint", metavar="CKPT", help="default: the embedded router")
+    route.add_argument("--available", action="append", metavar="NAME", help="only these candidates (repeatable)")
+    route.add_argument("--guarantee", choices=["certified", "calibrated"], default="certified")
+    route.add_argument("--strict", action="store_true", help="an infeasible target is a missed check: exit status 1")
+
+    serve = add("serve", _serve, "serve a router over gRPC until SIGTERM", None)
+    # grpc is imported for this command alone
+    if with_server:
+        from proteus_server.app import add_arguments
+
+        add_arguments(serve)
+
+    plan = add("plan", _plan, "labels needed to certify a target", "the number")
+    plan.add_argument("--tau", type=float, required=True)
+    plan.add_argument("--headroom", type=float, required=True, help="accuracy of the most accurate policy minus tau")
+    plan.add_argument("--delta", type=float, default=0.1, help="error probability of the certificate (default .1)")
+
+    certify = add("certify", _certify, "certify a router again on labelled queries of one's own", "a summary")
+    certify.add_argument("checkpoint", metavar="CKPT")
+    certify.add_argument("--data", required=True, metavar="FILE", help="outcome table with the router's candidates")
+    certify.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to write")
+    certify.add_argument("--delta", type=float, default=0.1, help="error probability of the certificate (default .1)")
+    certify.add_argument("--seed", type=int, default=0, help="of the rounding of graded scores and the mixing key")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(with_server=words[:1] == ["serve"]).parse_args(words)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # the reader has gone: nothing more to say, and nothing for the interpreter to flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _READER_GONE
+    except KeyboardInterrupt:
+        sys.stderr.write(f"proteus {arguments.command}: interrupted\n")
+        return _INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0].startswith("proteus"):
+            raise
+        sys.stderr.write(
+            f"proteus {arguments.command}: expected the package {error.name}: install proteus-fast[train]\n"
+        )
+        return USAGE
+    except (ValueError, TypeError, OSError) as error:
+        sys.stderr.write(f"proteus {arguments.command}: {error}\n")
+        return USAGE
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
