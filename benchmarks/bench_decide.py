@@ -1,0 +1,46 @@
+"""`route_batch` on a CPU beside torch eager and NumPy: `pytest benchmarks/bench_decide.py`.
+
+Every group is one batch size in one mode; the answers are compared before a time counts. For D = 256, K = 11.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import workload
+from proteus_fast.router import Router
+
+
+@pytest.fixture(scope="module")
+def router() -> Router:
+    torch.set_num_threads(1)
+    return workload.build_router()
+
+
+@pytest.mark.parametrize("rows", [1, 256])
+@pytest.mark.parametrize("mode", ["dual", "policy"])
+@pytest.mark.parametrize("form", ["proteus_fast", "torch_eager", "numpy"])
+def test_decide(benchmark: Any, router: Router, mode: Any, rows: int, form: str) -> None:
+    benchmark.group = f"decide {mode} B={rows}"
+    x = workload.embeddings(rows)
+    # every form of the dual mode serves one vertex: the step's code has no share at this id
+    ids = np.zeros(rows, np.uint64)
+    expected = router.route_batch(x, workload.TAU, mode=mode, ids=ids)
+    decide: Callable[[Any], Any]
+    argument: Any = x
+    if form == "proteus_fast":
+        decide = lambda rows: router.route_batch(rows, workload.TAU, mode=mode, ids=ids)  # noqa: E731
+    elif form == "torch_eager":
+        decide, argument = workload.torch_eager(router, mode), torch.from_numpy(x)
+    else:
+        decide = workload.numpy_plain(router, mode)
+    choice, mu, score = (np.asarray(part) for part in decide(argument))
+    assert np.abs(mu - expected.mu).max() < 1e-5
+    assert np.abs(score - expected.score).max() < 1e-5
+    assert (choice == expected.choice).mean() > 0.99
+    benchmark(decide, argument)
