@@ -119,9 +119,9 @@ def test_the_plain_references_need_torch_only() -> None:
     assert foreign <= {"torch"}
 
 
-def test_the_client_needs_neither_torch_nor_the_router() -> None:
+def test_the_client_needs_neither_torch_nor_the_router(tmp_path: Path) -> None:
     code = "import sys, proteus_server.client; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "proteus_server.client" in loaded
     assert not loaded & {"torch", "proteus_fast.router", "proteus_fast.checkpoint", *(LEARNING - {"tqdm"})}
