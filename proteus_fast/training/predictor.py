@@ -146,7 +146,7 @@ class Shrinkage:
     """Components of the scores and how strongly each is shrunk.
 
     Attributes:
-        rotation: principal components of the centred scores, (K, K), one a column.
+        rotation: principal components of the centred scores, one a column, (K, min(n, K)).
         alpha: penalty of every component, (K,); infinity where the mean predicts it best.
         p: out-of-fold predictions of the scores, (n, K), not clipped.
         error: their mean squared error.
