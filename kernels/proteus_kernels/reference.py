@@ -42,8 +42,8 @@ def masked_mean_ref(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def gelu_ref(x: Tensor) -> Tensor:
-    """GELU in its tanh form (Hendrycks and Gimpel 2016), elementwise."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+    """GELU in its tanh form, x/2 (1 + tanh(sqrt(2/pi) (x + .044715 x^3))) (Hendrycks and Gimpel 2016), elementwise."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def project_ref(h: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -126,7 +126,7 @@ def policy_ref(z: Tensor, tau: Tensor, tensors: Mapping[str, Tensor], head: str)
     return Preference(conc[:, 0], conc[:, 1], conc[:, 0] / conc.sum(dim=1))
 
 
-def scores_ref(p: Tensor, mu: Tensor, b: Tensor, c: Tensor, kappa: float, gamma: float) -> Tensor:
+def scores_ref(p: Tensor, mu: Tensor, b: Tensor, c: Tensor, kappa: float, gamma: float | Tensor) -> Tensor:
     """s_i = p_i + mu b_i - kappa (1 - mu)^gamma c_i (PROTEUS, Eq. 2, where kappa = 1).
 
     Args:
@@ -209,3 +209,68 @@ def mixing_side_ref(u: Tensor, step_code: Tensor) -> Tensor:
     """
     cheaper = _shift_right(u, 60) < (step_code % 16)
     return torch.div(step_code, 16, rounding_mode="floor").to(torch.int64) + cheaper.to(torch.int64)
+
+
+def philox_ref(counter: Tensor, key: int) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011), the counter-based generator of every sampled decision.
+
+    Args:
+        counter: (..., 4) int64 words in [0, 2^32), low word first. key: 64-bit seed.
+
+    Returns:
+        Random words, the shape of ``counter``.
+    """
+    low, high = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    x0, x1, x2, x3 = counter.unbind(-1)
+    for _ in range(10):
+        high0, low0 = _multiply32(x0, 0xD2511F53)
+        high1, low1 = _multiply32(x2, 0xCD9E8D57)
+        x0, x1, x2, x3 = high1 ^ x1 ^ low, low1, high0 ^ x3 ^ high, low0
+        low, high = (low + 0x9E3779B9) & 0xFFFFFFFF, (high + 0xBB67AE85) & 0xFFFFFFFF
+    return torch.stack([x0, x1, x2, x3], dim=-1)
+
+
+def _multiply32(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    # the product of two 32-bit words wraps in int64; both halves of its bits are still right
+    product = x * factor
+    return _shift_right(product, 32), product & 0xFFFFFFFF
+
+
+BETA_TRIES = 16
+
+
+def sample_beta_ref(conc1: Tensor, conc0: Tensor, seed: int, rows: Tensor) -> Tensor:
+    """Draw from Beta(conc1, conc0) by Cheng's algorithm BA (1978); a draw depends on (seed, row) alone.
+
+    Try t of row r takes the words of Philox at counter (r, t, 0) under the key ``seed``, uniform numbers from the first
+    two of them; after 16 rejected tries the draw is the mean.
+
+    Args:
+        conc1, conc0: concentrations, >= 1, (B,). seed: 64-bit. rows: index of each row, (B,) int64, >= 0.
+
+    Returns:
+        (B,) float64, in (0, 1).
+    """
+    a, b = conc1.double(), conc0.double()
+    total = a + b
+    excess1, excess0 = a - 1.0, b - 1.0
+    excess = excess1 + excess0
+    # sqrt((total - 2) / (2 a b - total)) without its 0 / 0 at (1, 1)
+    beta = torch.rsqrt(1.0 + 2.0 * excess1 * excess0 / excess.clamp_min(1e-300))
+    gamma = a + 1.0 / beta
+    drawn = a / total
+    waiting = torch.arange(len(rows), device=rows.device)
+    for attempt in range(BETA_TRIES):
+        row = rows[waiting]
+        counter = torch.stack([row & 0xFFFFFFFF, row >> 32, torch.full_like(row, attempt), torch.zeros_like(row)], -1)
+        words = philox_ref(counter, seed)
+        u1, u2 = (((word >> 9).double() + 0.5) * 2.0**-23 for word in words.unbind(-1)[:2])
+        a_, b_, total_, gamma_ = a[waiting], b[waiting], total[waiting], gamma[waiting]
+        v = beta[waiting] * torch.log(u1 / (1.0 - u1))
+        w = a_ * torch.exp(v)
+        accept = gamma_ * v - math.log(4.0) + total_ * torch.log(total_ / (b_ + w)) >= torch.log(u1 * u1 * u2)
+        drawn[waiting[accept]] = (w / (b_ + w))[accept]
+        waiting = waiting[~accept]
+        if not len(waiting):
+            break
+    return drawn
