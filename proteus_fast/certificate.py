@@ -133,7 +133,8 @@ class Path:
 
     Attributes:
         parameter: path parameter of each vertex (dual: mu; policy: internal tau'), (V,) float32.
-        expected_cost_usd: mean price of the chosen candidates on out-of-fold rows, (V,), strictly decreasing.
+        expected_cost_usd: mean cost of the chosen candidates on out-of-fold rows, (V,), strictly decreasing; at mean
+            prices for dual, as recorded for policy, whose point is to see which queries are dear.
     """
 
     parameter: NDArray[np.float32]
@@ -289,8 +290,7 @@ def build_dual_path(
     """Lay the plug-in path through out-of-fold predictions.
 
     Each vertex is the rule argmax p_i - w c_i with w = kappa (1 - mu)^gamma. The path starts at the weight with the
-    best out-of-fold accuracy (a weight of zero trusts noise in p) and ends at the cheapest policy; vertices are spread
-    evenly over what changes: accuracy, cost and the logarithm of cost.
+    best out-of-fold accuracy (a weight of zero trusts noise in p) and ends at the cheapest policy.
 
     Args:
         p: out-of-fold predicted accuracy, (n, K). score: labels of the same rows, (n, K), in [0, 1].
@@ -309,19 +309,34 @@ def build_dual_path(
         choice = np.argmax(p - w * c, axis=1)
         accuracy[i] = score[rows, choice].mean()
         cost[i] = price_usd[choice].mean()
+    return lay_path(mu, accuracy, cost, vertices)
+
+
+def lay_path(
+    parameter: FloatArray | NDArray[np.float32], accuracy: FloatArray, cost: FloatArray, vertices: int
+) -> Path:
+    """A path from policies that were tried out of fold, ordered from the most accurate end to the cheapest.
+
+    It starts at the best accuracy; policies that do not lower the cost are left out, and vertices are spread evenly
+    over what changes: accuracy, cost and the logarithm of cost.
+
+    Args:
+        parameter: path parameters, (P,). accuracy, cost: of each, on out-of-fold rows, cost in USD, (P,).
+        vertices: at most this many.
+    """
     start = int(np.flatnonzero(accuracy == accuracy.max())[-1])
-    mu, accuracy, cost = mu[start:], accuracy[start:], cost[start:]
+    parameter, accuracy, cost = parameter[start:], accuracy[start:], cost[start:]
     changed = np.concatenate([[True], cost[1:] < np.minimum.accumulate(cost)[:-1]])
-    mu, accuracy, cost = mu[changed], accuracy[changed], cost[changed]
-    if len(mu) > vertices:
-        position = np.zeros(len(mu))
+    parameter, accuracy, cost = parameter[changed], accuracy[changed], cost[changed]
+    if len(parameter) > vertices:
+        position = np.zeros(len(parameter))
         for values in (accuracy, cost, np.log(np.maximum(cost, 1e-12))):
             moved = np.cumsum(np.abs(np.diff(values)))
             position[1:] += moved / max(moved[-1], 1e-300)
         targets = np.linspace(0.0, position[-1], vertices)
-        kept = np.unique(np.searchsorted(position, targets - 1e-12).clip(0, len(mu) - 1))
-        mu, cost = mu[kept], cost[kept]
-    return Path(np.ascontiguousarray(mu, np.float32), cost.astype(np.float64))
+        kept = np.unique(np.searchsorted(position, targets - 1e-12).clip(0, len(parameter) - 1))
+        parameter, cost = parameter[kept], cost[kept]
+    return Path(np.ascontiguousarray(parameter, np.float32), cost.astype(np.float64))
 
 
 def count_successes(

@@ -1,4 +1,4 @@
-"""The command line: ``proteus demo | train | evaluate | route | serve | plan | certify``.
+"""The command line: ``proteus demo | train | experiment | evaluate | route | serve | plan | certify``.
 
 Exit status: 0, 1 on a missed check, 2 on wrong usage or bad input.
 """
@@ -23,6 +23,10 @@ OK, MISSED, USAGE = 0, 1, 2
 # what a shell reports of a command that SIGINT or SIGPIPE ended
 _INTERRUPTED, _READER_GONE = 130, 141
 _FEW_REPEATS = 0.95
+# those of experiments.registry, which is not imported to parse a command line
+_EXPERIMENTS = (
+    "correlation", "heads", "cost-range", "extremes", "ablations", "convergence", "alarm", "dynamic", "shocks", "leak",
+)  # fmt: skip
 
 
 def _write(text: str) -> None:
@@ -56,8 +60,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from proteus_fast.training.distributed import process_group
+    from proteus_fast.training.ppo import PolicyConfig, is_first
     from proteus_fast.training.train import TrainConfig, train
 
+    settings: dict[str, Any] = {"head": arguments.head, "dual": arguments.dual}
+    if arguments.policy_steps is not None:
+        settings["steps"] = arguments.policy_steps
     config = TrainConfig(
         data=arguments.data,
         out=arguments.out,
@@ -65,15 +74,23 @@ def _train(arguments: argparse.Namespace) -> int:
         delta=arguments.delta,
         seed=arguments.seed,
         refine=not arguments.no_refine,
+        mode=arguments.mode,
+        policy=PolicyConfig(**settings),
+        device=arguments.device,
         progress=False if arguments.json else None,
     )
-    router = _load(str(train(config)))
+    with process_group(arguments.device):
+        out = train(config)
+        if not is_first():
+            return OK
+    router = _load(str(out))
     summary = {
         "checkpoint": str(arguments.out),
         "data_set": router.checkpoint.config.data_set,
         "candidates": list(router.pool.names),
         "delta": router.certificate.delta,
         "calibration_rows": router.certificate.n,
+        "mode": router.mode,
         "tau_max": router.tau_max,
         "router": router.versions["router"],
     }
@@ -82,6 +99,30 @@ def _train(arguments: argparse.Namespace) -> int:
     else:
         reach = "no target certified" if router.tau_max is None else f"targets certified up to {router.tau_max:.3f}"
         _write(f"{arguments.out}: {len(router.pool)} candidates, {router.certificate.n} calibration rows, {reach}")
+    return OK
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from proteus_fast.experiments.registry import experiment
+    from proteus_fast.experiments.study import load_study, one_thread
+
+    if arguments.seeds < 1:
+        raise ValueError(f"seeds: expected at least 1, got {arguments.seeds}")
+    cache = None if arguments.cache is None else Path(arguments.cache)
+    # None: off where standard error is no terminal
+    with tqdm(desc=arguments.name, unit="run", disable=True if arguments.json else None) as bar:
+        studies = [
+            load_study(Path(folder), cache, lambda stage: bar.set_postfix_str(stage)) for folder in arguments.data
+        ]
+        with one_thread():
+            result = experiment(arguments.name)(studies, arguments.seeds, bar.update)
+    result.write(Path(arguments.out))
+    if arguments.json:
+        _write_json(result.figures[studies[0].name] if len(studies) == 1 else result.figures)
+    else:
+        _write(result.to_markdown())
     return OK
 
 
@@ -204,6 +245,25 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
     train.add_argument("--delta", type=float, default=0.1, help="error probability of the certificate (default .1)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--no-refine", action="store_true", help="keep the closed form without trying gradient steps")
+    train.add_argument(
+        "--mode", choices=["dual", "policy", "cheaper"], default="dual",
+        help="dual: the plug-in rule alone (default); policy: also train the Beta policy, and route by it; cheaper: "
+        "also train it, route by what costs less out of fold",
+    )  # fmt: skip
+    train.add_argument("--dual", choices=["indexed", "scalar"], default="indexed", help="lambda(tau), or the paper's")
+    train.add_argument("--head", choices=["residual", "free"], default="residual", help="free is the paper's")
+    train.add_argument("--policy-steps", type=int, metavar="N", help="batches of the policy's training, at most")
+    train.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the policy is trained")
+
+    experiment = add("experiment", _experiment, "repeat an experiment: a table and a plot", "its figures")
+    experiment.add_argument("name", metavar="NAME", choices=_EXPERIMENTS, help=", ".join(_EXPERIMENTS))
+    experiment.add_argument(
+        "--data", required=True, action="append", metavar="DIR",
+        help="folder with train, val and test tables (repeatable)",
+    )  # fmt: skip
+    experiment.add_argument("--seeds", type=int, default=5, help="of the policies (default %(default)s)")
+    experiment.add_argument("--out", default="docs/results", metavar="DIR", help="where files go (default %(default)s)")
+    experiment.add_argument("--cache", metavar="DIR", help="keeps fitted predictors for the next experiment")
 
     evaluate = add(
         "evaluate", _evaluate, "accuracy, floors and cost on an outcome table, beside baselines", "the report"

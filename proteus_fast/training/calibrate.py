@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,23 @@ def pool_of(table: OutcomeTable) -> Pool:
     return Pool(Candidate(name, float(price), float(score)) for name, price, score in figures)
 
 
+def cost_unit_and_scale(p: NDArray[np.float64], price_usd: NDArray[np.float64]) -> tuple[float, float]:
+    """The cost unit in USD, the largest mean cost, and kappa for out-of-fold predictions p (n, K)."""
+    unit = max(float(price_usd.max()), 1e-12)
+    return unit, cost_scale(np.clip(p, 0.0, 1.0), price_usd / unit)
+
+
+@dataclass(frozen=True)
+class PolicyPart:
+    """What a trained policy adds to a checkpoint: tensors ``policy.*``, head, gamma, its path, the default mode."""
+
+    tensors: Mapping[str, Array]
+    head: Literal["residual", "free"]
+    gamma: float
+    path: Path
+    mode: Mode
+
+
 def plug_in_checkpoint(
     fit: OutcomeTable,
     p: NDArray[np.float64],
@@ -94,15 +112,16 @@ def plug_in_checkpoint(
     link: str = "clip",
     delta: float,
     seed: int,
+    policy: PolicyPart | None = None,
     label_definition: str = "score of the outcome table, a mean of which is accuracy",
 ) -> Checkpoint:
     """Certify the plug-in rule of any predictor: ours and the baselines' go through this one function.
 
     Args:
         fit: rows that the predictor was trained on. p: its out-of-fold predictions there, (n, K). calibration: rows
-        that
-            nothing has read. x: embeddings of the calibration rows, (m, D); without ``tensors``, their predicted
+            that nothing has read. x: embeddings of the calibration rows, (m, D); without ``tensors``, their predicted
             accuracies themselves, (m, K). tensors: the router's. encoder: block weights where it has the hash encoder.
+        policy: a policy over the same predictor, certified beside the plug-in rule.
     """
     candidates = len(fit.candidates)
     if tensors is None:
@@ -111,18 +130,18 @@ def plug_in_checkpoint(
             "predictor.bias": np.zeros(candidates, np.float32),
         }
     pool = pool_of(fit)
-    unit = max(float(pool.price_usd.max()), 1e-12)
-    kappa = cost_scale(np.clip(p, 0.0, 1.0), pool.price_usd / unit)
+    unit, kappa = cost_unit_and_scale(p, pool.price_usd)
+    gamma = DUAL_GAMMA if policy is None else policy.gamma
     config = Config(
         pool=pool,
         encoder="hash" if encoder else "none",
         input_dim=x.shape[1],
         projection="mlp" if "projection.w1" in tensors else "none",
         link="sigmoid" if link == "sigmoid" else "clip",
-        head=None,
-        mode="dual",
+        head=None if policy is None else policy.head,
+        mode="dual" if policy is None else policy.mode,
         kappa=kappa,
-        gamma=DUAL_GAMMA,
+        gamma=gamma,
         cost_unit_usd=unit,
         block_weight=encoder,
         label_definition=label_definition,
@@ -130,11 +149,16 @@ def plug_in_checkpoint(
         data_sha256=fit.sha256,
         rows=len(fit),
     )
-    path = build_dual_path(
-        np.clip(p, 0.0, 1.0), fit.score, pool.price_usd, cost_unit_usd=unit, kappa=kappa, gamma=DUAL_GAMMA
-    )
+    paths: dict[Mode, Path] = {
+        "dual": build_dual_path(
+            np.clip(p, 0.0, 1.0), fit.score, pool.price_usd, cost_unit_usd=unit, kappa=kappa, gamma=gamma
+        )
+    }
+    if policy is not None:
+        paths["policy"] = policy.path
+        tensors = {**tensors, **policy.tensors}
     table = calibration.with_candidates(pool.names)
-    certificate = calibrate(config, tensors, {"dual": path}, table, delta=delta, seed=seed, x=x)
+    certificate = calibrate(config, tensors, paths, table, delta=delta, seed=seed, x=x)
     return Checkpoint(config, tensors, certificate)
 
 

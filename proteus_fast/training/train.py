@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from proteus_fast import checkpoint
-from proteus_fast.certificate import check_delta
+from proteus_fast.certificate import Mode, check_delta
 from proteus_fast.evaluation.metrics import (
     SELECTION_TARGETS,
     bootstrap_log_ratio,
@@ -29,14 +30,26 @@ from proteus_fast.evaluation.metrics import (
 )
 from proteus_fast.evaluation.outcomes import FOLDS, Division, fold_of, read_division
 from proteus_fast.training import predictor
-from proteus_fast.training.calibrate import plug_in_checkpoint
+from proteus_fast.training.calibrate import PolicyPart, cost_unit_and_scale, plug_in_checkpoint
+from proteus_fast.training.crossfit import (
+    columns_of,
+    cross_fit,
+    fit_cost_alpha,
+    log_cost_scale,
+    solve_columns,
+    to_scores,
+)
+from proteus_fast.training.curves import write_policy_curves, write_search_curves
+from proteus_fast.training.fit_policy import WATCH_EVERY, PolicyFit, Problem, fit_policy, watched_steps
+from proteus_fast.training.ppo import PolicyConfig, Trainer, is_first
 
 if TYPE_CHECKING:
     from proteus_fast.training.refine import Refinement
 
 FloatArray = NDArray[np.float64]
 
-_STATE_VERSION = 3
+_STATE_VERSION = 4
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,11 @@ class TrainConfig:
         table_rows: rows of the encoder's table, a power of two. extra_dim: columns beside the K regression directions.
         block_weights: weights of the feature blocks that are tried. alphas: ridge penalties that are tried.
         variants: ways of choosing among them, see ``predictor.fit_shrinkages``.
-        refine: try the gradient refinement; it is kept only where it costs less out of fold in 95 % of resamples.
+        refine: try the gradient refinement; it is kept only where it costs less out of fold in 95 % of resamples. Not
+            tried where a policy is trained: the policy would see embeddings of a network that knows the labels.
+        mode: ``dual`` certifies the plug-in rule alone; ``policy`` also trains the Beta policy and makes it the default
+            mode; ``cheaper`` trains it too, the default is the mode that costs less out of fold.
+        policy: how the policy is trained. device: where it is trained, ``cpu`` or ``cuda``.
         progress: show progress bars; None: where standard error is a terminal.
     """
 
@@ -65,16 +82,22 @@ class TrainConfig:
     alphas: tuple[float, ...] = predictor.ALPHAS
     variants: tuple[str, ...] = predictor.VARIANTS
     refine: bool = True
+    mode: Literal["dual", "policy", "cheaper"] = "dual"
+    policy: PolicyConfig | None = None
+    device: str = "cpu"
     progress: bool | None = None
 
 
-class _Stages:
+class Stages:
     """Finished stages of a run on disk, keyed by everything that they depend on."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    def __init__(self, folder: Path, fingerprint: str, *, read_only: bool = False) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
         self._prefix = f"stage-{fingerprint[:16]}-"
+        self._read_only = read_only
+        if read_only:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob("stage-*.npz"):
             if not stale.name.startswith(self._prefix):
                 stale.unlink()
@@ -88,6 +111,9 @@ class _Stages:
             return dict(arrays)
 
     def save(self, name: str, **arrays: Any) -> dict[str, NDArray[Any]]:
+        """Keep the arrays of a stage; a reader never sees a part of them."""
+        if self._read_only:
+            return {key: np.asarray(value) for key, value in arrays.items()}
         path = self.folder / f"{self._prefix}{name}.npz"
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
@@ -96,19 +122,24 @@ class _Stages:
         return {key: np.asarray(value) for key, value in arrays.items()}
 
     def log(self, **entry: Any) -> None:
+        """Append a line to log.jsonl."""
+        if self._read_only:
+            return
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
 
-def _fingerprint(config: TrainConfig, division: Division) -> str:
-    settings = {k: v for k, v in asdict(config).items() if k not in ("data", "out", "progress", "delta", "refine")}
+def fingerprint(config: TrainConfig, division: Division) -> str:
+    """Hash of everything that the stages depend on."""
+    later = ("data", "out", "progress", "delta", "refine", "mode", "policy", "device")
+    settings = {k: v for k, v in asdict(config).items() if k not in later}
     # labels of the calibration rows are not part of it: nothing before the certificate may depend on them
     text = json.dumps([_STATE_VERSION, settings, division.fit.sha256], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _search(
-    config: TrainConfig, division: Division, features: predictor.Features, stages: _Stages, tick: Callable[[str], None]
+    config: TrainConfig, division: Division, features: predictor.Features, stages: Stages, tick: Callable[[str], None]
 ) -> tuple[tuple[float, ...], predictor.Shrinkage, list[dict[str, Any]]]:
     fit = division.fit
     fold, price = fold_of(fit.prompts), fit.cost_usd.mean(axis=0)
@@ -145,7 +176,7 @@ def _search(
 
 
 def _refinement(
-    config: TrainConfig, division: Division, hashed: predictor.HashPredictor, p: FloatArray, stages: _Stages,
+    config: TrainConfig, division: Division, hashed: predictor.HashPredictor, p: FloatArray, stages: Stages,
     tick: Callable[[str], None],
 ) -> tuple[Refinement, bool]:  # fmt: skip
     """The refinement, and whether it is kept: it has to cost less in 95 % of the resamples of the fit rows."""
@@ -167,10 +198,75 @@ def _refinement(
     return result, share >= 0.95
 
 
+@dataclass(frozen=True)
+class Predictor:
+    """Stage 1, finished.
+
+    Attributes:
+        hashed: encoder and linear predictor. p: out-of-fold predictions of the fit rows, (n, K), not clipped.
+        tried: what the search tried. problem: rows for stage 2, where a policy is trained.
+    """
+
+    hashed: predictor.HashPredictor
+    p: FloatArray
+    tried: list[dict[str, Any]]
+    problem: Problem | None
+
+
+def fit_predictor(config: TrainConfig, division: Division, stages: Stages, tick: Callable[[str], None]) -> Predictor:
+    """Search, solve and lay the table; calls ``tick`` once for each block weight and once more.
+
+    With a policy to follow, the encoder's table gets one more regression column, how dear a query is for all candidates
+    together, and rows are predicted out of fold once more for each held-out fold.
+    """
+    fit = division.fit
+    features = predictor.hash_features(fit.prompts, config.table_rows)
+    block_weight, shrinkage, tried = _search(config, division, features, stages, tick)
+    x = features.combined(block_weight)
+    kernel = predictor.gram(x, x)
+    candidates, mean = len(fit.candidates), fit.score.mean(axis=0)
+    dual = predictor.fit_dual(kernel, fit.score, shrinkage)
+    if config.mode == "dual":
+        hashed = predictor.build_table(features, block_weight, dual, mean, candidates + config.extra_dim, config.seed)
+        tick("table")
+        return Predictor(hashed, shrinkage.p, tried, None)
+    fold, scale = fold_of(fit.prompts), log_cost_scale(fit)
+    squared_norm = float(np.square(block_weight).sum())
+    arrays = stages.load("crossfit")
+    if arrays is None:
+        cost_alpha, explained = fit_cost_alpha(kernel, scale, fold, squared_norm)
+        target, alpha = columns_of(fit.score, scale, shrinkage, cost_alpha)
+        crossed = cross_fit(kernel, target, alpha, fold)
+        stages.log(stage="crossfit", cost_alpha=cost_alpha, cost_variance_explained=explained)
+        arrays = stages.save("crossfit", cost_alpha=cost_alpha, plain=crossed.plain, nested=crossed.nested)
+    cost_dual = solve_columns(kernel, scale - scale.mean(), np.array([float(arrays["cost_alpha"])]))
+    hashed = predictor.build_table(
+        features, block_weight, np.concatenate([dual, cost_dual], axis=1), np.append(mean, scale.mean()),
+        candidates + 1 + config.extra_dim, config.seed,
+    )  # fmt: skip
+    size = np.diag(hashed.weight[: candidates + 1]).astype(np.float64)
+    svd = hashed.encoder().encode(fit.prompts)[:, candidates + 1 :]
+
+    def embed(columns: FloatArray) -> NDArray[np.float32]:
+        regression = to_scores(columns, shrinkage) / size
+        others = np.broadcast_to(svd, (*columns.shape[:-1], svd.shape[1]))
+        return np.concatenate([regression, others], axis=-1).astype(np.float32)
+
+    plain, nested = (to_scores(arrays[name], shrinkage)[..., :-1] + mean for name in ("plain", "nested"))
+    price = fit.cost_usd.mean(axis=0)
+    unit, kappa = cost_unit_and_scale(plain, price)
+    problem = Problem(fit, fold, price, unit, kappa, embed(arrays["plain"]), plain, embed(arrays["nested"]), nested)
+    # the cost column is for the policy's eyes only
+    hashed = replace(hashed, weight=np.ascontiguousarray(hashed.weight[:, :candidates]), bias=hashed.bias[:candidates])
+    tick("table")
+    return Predictor(hashed, plain, tried, problem)
+
+
 def train(config: TrainConfig) -> Path:
     """Train on ``train.parquet`` and ``val.parquet`` of a folder and write a checkpoint.
 
-    Nothing before the certificate reads the labels of val or of the calibration quarter of train.
+    Nothing before the certificate reads the labels of val or of the calibration quarter of train. Under
+    torch.distributed every process runs this; the policy's gradients are shared, and the first process writes.
 
     Returns:
         The checkpoint's folder.
@@ -181,6 +277,12 @@ def train(config: TrainConfig) -> Path:
     check_delta(config.delta)
     if config.encoder != "hash":
         raise ValueError(f"encoder: expected 'hash', got {config.encoder!r}")
+    if config.mode not in ("dual", "policy", "cheaper"):
+        raise ValueError(f"mode: expected one of dual, policy, cheaper, got {config.mode!r}")
+    if config.device not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {config.device!r}")
+    if config.seed < 0:
+        raise ValueError(f"seed: expected an integer of at least 0, got {config.seed}")
     if config.table_rows < 2 or config.table_rows & (config.table_rows - 1):
         raise ValueError(f"table_rows: expected a power of two, got {config.table_rows}")
     out = Path(config.out)
@@ -189,23 +291,24 @@ def train(config: TrainConfig) -> Path:
     fit = division.fit
     if len(np.unique(fold_of(fit.prompts))) < FOLDS:
         raise ValueError(f"data: expected enough training rows for {FOLDS} folds, got {len(fit)} to fit")
-    stages = _Stages(out.with_name(out.name + ".training"), _fingerprint(config, division))
-    steps = 2 + len(config.block_weights) + (6 if config.refine else 0)
+    with_policy = config.mode != "dual"
+    settings = config.policy or PolicyConfig()
+    refines = config.refine and not with_policy
+    stages = Stages(out.with_name(out.name + ".training"), fingerprint(config, division), read_only=not is_first())
+    looks = FOLDS * len(watched_steps(settings)) + settings.steps // WATCH_EVERY if with_policy else 0
+    total = 2 + len(config.block_weights) + (6 if refines else 0) + looks
     disable = None if config.progress is None else not config.progress
-    with tqdm(total=steps, desc=f"train {fit.name}", disable=disable, unit="step") as bar:
+    with tqdm(total=total, desc=f"train {fit.name}", disable=disable or not is_first() or None, unit="step") as bar:
 
         def tick(stage: str) -> None:
             bar.set_postfix_str(stage)
             bar.update()
 
-        features = predictor.hash_features(fit.prompts, config.table_rows)
-        block_weight, shrinkage, tried = _search(config, division, features, stages, tick)
-        p = np.clip(shrinkage.p, 0.0, 1.0)
-        x = features.combined(block_weight)
-        dual = predictor.fit_dual(predictor.gram(x, x), fit.score, shrinkage)
-        mean, dim = fit.score.mean(axis=0), len(fit.candidates) + config.extra_dim
-        hashed = predictor.build_table(features, block_weight, dual, mean, dim, config.seed)
-        tick("table")
+        def look(trainer: Trainer) -> None:
+            tick(trainer.summary())
+
+        first = fit_predictor(config, division, stages, tick)
+        hashed, p = first.hashed, np.clip(first.p, 0.0, 1.0)
         tensors: dict[str, checkpoint.Array] = {
             "encoder.table": hashed.table,
             "encoder.row_scale": hashed.row_scale,
@@ -213,9 +316,18 @@ def train(config: TrainConfig) -> Path:
         }
         link = "clip"
         head: dict[str, checkpoint.Array] = {"predictor.weight": hashed.weight, "predictor.bias": hashed.bias}
-        refined = _refinement(config, division, hashed, shrinkage.p, stages, tick) if config.refine else None
+        refined = _refinement(config, division, hashed, first.p, stages, tick) if refines else None
         if refined is not None and refined[1]:
             head, p, link = dict(refined[0].tensors), refined[0].p, "sigmoid"
+        policy = None
+        if first.problem is not None:
+            fitted = fit_policy(
+                first.problem, settings, seed=config.seed, store=stages, progress=look, device=config.device
+            )
+            policy = _policy_part(config, fitted)
+            _log_policy(stages, fitted, policy.mode)
+            if is_first():
+                write_policy_curves(stages.folder, first.problem, fitted)
         result = plug_in_checkpoint(
             fit,
             p,
@@ -226,27 +338,30 @@ def train(config: TrainConfig) -> Path:
             link=link,
             delta=config.delta,
             seed=config.seed,
+            policy=policy,
         )
-        checkpoint.save(result, out)
+        if is_first():
+            checkpoint.save(result, out)
+            write_search_curves(
+                stages.folder, fit.name, first.tried, [] if refined is None else refined[0].loss.tolist()
+            )
         tick("certificate")
-    _write_curves(stages.folder, fit.name, tried, [] if refined is None else refined[0].loss.tolist())
     return out
 
 
-def _write_curves(folder: Path, name: str, tried: list[dict[str, Any]], losses: list[float]) -> None:
-    """Write what was tried: curves.json, and curves.png with the out-of-fold figures and the refinement's losses."""
-    import matplotlib as mpl
+def _policy_part(config: TrainConfig, fitted: PolicyFit) -> PolicyPart:
+    network = fitted.trainer.served
+    cheaper = fitted.chosen_cost_usd < fitted.dual_cost_usd
+    mode: Mode = "policy" if config.mode == "policy" or cheaper else "dual"
+    return PolicyPart(network.tensors(), network.head, float(network.gamma.detach()), fitted.path, mode)
 
-    mpl.use("Agg")
-    from matplotlib import pyplot
 
-    (folder / "curves.json").write_text(json.dumps({"search": tried, "refine_loss": losses}, indent=1) + "\n")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    labels = [" ".join(f"{weight:g}" for weight in trial["block_weight"]) for trial in tried]
-    left.bar(labels, [1000 * trial["cost_usd"] for trial in tried], color="tab:blue")
-    left.set(title=f"{name}: closed form, out of fold", xlabel="block weights", ylabel="USD per 1,000 queries")
-    left.tick_params(axis="x", labelsize=7)
-    right.plot(range(1, len(losses) + 1), losses, marker="o", color="tab:orange")
-    right.set(title="refinement, held-out folds", xlabel="epoch", ylabel="cross-entropy")
-    figure.savefig(folder / "curves.png", dpi=120)
-    pyplot.close(figure)
+def _log_policy(stages: Stages, fitted: PolicyFit, mode: Mode) -> None:
+    for entry in fitted.trainer.log:
+        stages.log(stage="policy", **entry)
+    stages.log(
+        stage="policy selected", steps=fitted.steps, tried=fitted.tried.tolist(), cost_usd=fitted.cost_usd.tolist(),
+        dual_cost_usd=fitted.dual_cost_usd, mode=mode, unsatisfiable=fitted.unsatisfiable,
+    )  # fmt: skip
+    if fitted.unsatisfiable:
+        _logger.warning("targets that the training rows cannot meet: %s", fitted.unsatisfiable)
