@@ -257,7 +257,7 @@ class Trainer:
     """The loop. One object trains one policy; everything it draws depends on (seed, step) alone.
 
     Under torch.distributed every process holds all rows and draws the whole batch; each takes its part of every
-    minibatch, and gradients are averaged, so that the result is that of one process up to rounding.
+    minibatch, and gradients are added, so that the result is that of one process up to rounding.
     """
 
     def __init__(
@@ -381,17 +381,19 @@ class Trainer:
                 out = network(rows.z, tau)
                 ratio = torch.exp(_log_density(out, mu[index]) - log_density[index])
                 clipped = ratio.clamp(1.0 - config.clip, 1.0 + config.clip)
-                loss = -torch.minimum(ratio * advantage[index], clipped * advantage[index]).mean()
+                losses = -torch.minimum(ratio * advantage[index], clipped * advantage[index])
                 scores = scores_ref(rows.p, out.mu.detach(), network.prior, rows.price, self.kappa, network.gamma)
-                loss = loss - (torch.softmax(scores / temperature, dim=1) * rewards[index]).sum(dim=1).mean()
+                losses = losses - (torch.softmax(scores / temperature, dim=1) * rewards[index]).sum(dim=1)
                 if config.baseline == "critic":
-                    loss = loss + 0.5 * ((self.critic(x[index]) - reward[index]) ** 2).mean()
+                    losses = losses + 0.5 * (self.critic(x[index]) - reward[index]) ** 2
                 if config.head == "residual":
                     moved = torch.logit(out.mu.clamp(1e-6, 1.0 - 1e-6)) - torch.logit(start[index])
-                    loss = loss + config.stay * (moved**2).mean()
+                    losses = losses + config.stay * moved**2
+                # the mean over the minibatch, of which this process may have a smaller part or none
+                loss = losses.sum() / len(part)
                 self.optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-                self._average_gradients()
+                self._add_gradients()
                 nn.utils.clip_grad_norm_(self.parameters, config.gradient_clip)
                 self.optimiser.step()
         if step % config.dual_every == config.dual_every - 1:
@@ -434,13 +436,12 @@ class Trainer:
             entry = {"step": self.step, "gamma": float(self.network.gamma.detach()), "bands": bands}
             self.log.append(entry)
 
-    def _average_gradients(self) -> None:
+    def _add_gradients(self) -> None:
         if not is_distributed():
             return
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         flat = torch.cat([gradient.ravel() for gradient in gradients])
         torch.distributed.all_reduce(flat)
-        flat /= torch.distributed.get_world_size()
         for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

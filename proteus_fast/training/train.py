@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -95,6 +96,7 @@ class Stages:
         self.folder = folder
         self._prefix = f"stage-{fingerprint[:16]}-"
         self._read_only = read_only
+        self._began = time.monotonic()
         if read_only:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,9 +124,10 @@ class Stages:
         return {key: np.asarray(value) for key, value in arrays.items()}
 
     def log(self, **entry: Any) -> None:
-        """Append a line to log.jsonl."""
+        """Append a line to log.jsonl; ``seconds`` is since the run began."""
         if self._read_only:
             return
+        entry["seconds"] = round(time.monotonic() - self._began, 3)
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -324,6 +327,7 @@ def train(config: TrainConfig) -> Path:
             fitted = fit_policy(
                 first.problem, settings, seed=config.seed, store=stages, progress=look, device=config.device
             )
+            stages.log(stage="policy trained")
             policy = _policy_part(config, fitted)
             _log_policy(stages, fitted, policy.mode)
             if is_first():
