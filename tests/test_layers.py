@@ -18,7 +18,7 @@ PACKAGES = {
     "proteus_kernels": ROOT / "kernels" / "proteus_kernels",
     "proteus_server": ROOT / "server" / "proteus_server",
 }
-SUBPACKAGES = {"training", "evaluation", "online"}
+SUBPACKAGES = {"training", "evaluation", "experiments", "online"}
 SERVING = {"numpy", "safetensors"}
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}
 LEARNING = {"torch", "pyarrow", "sklearn", "scipy", "matplotlib", "tqdm"}
@@ -81,6 +81,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "proteus_fast.evaluation": (SERVING | LEARNING | {"proteus_fast"}, {"proteus_fast.training"}),
+    "proteus_fast.experiments": (
+        SERVING | LEARNING | {"proteus_fast", "proteus_fast.evaluation", "proteus_fast.training", "proteus_kernels"},
+        set(),
+    ),
     "proteus_fast.online": (SERVING | {"proteus_fast"}, {"torch"}),
     "proteus_server": (SERVING | GRPC | {"proteus_fast"}, set()),
 }
