@@ -26,6 +26,8 @@ What `Router.load()` gives: a router over the {candidates} candidates of zeroeva
 - **Label.** 1 where the candidate's final answer was right, so a target is a share of right answers.
 - **Licence.** Apache-2.0, like the code.
 - **Encoder.** {rows:,} rows of {dim} int8, {size:.1f} MB; predictor linear in it; data hash `{data}`.
+- **Policy.** The tau-conditioned Beta policy ({policy:,} parameters), trained out of fold; the default mode is
+  `{mode}`, which costs less out of fold.
 - **Certificate.** delta {delta:g}, n = {n:,}; targets up to {tau_max:.3f} are certified, each on its own.
 - **What it is not for.** Your traffic, candidates and prices. It shows how routing works; to route in earnest train on
   your own outcomes (`proteus train`), or certify this one on them (`proteus certify`). A certificate is void once the
@@ -50,7 +52,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder of zeroeval's train, val and test tables")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        Router.load(train(TrainConfig(data=arguments.data, out=Path(folder) / "zeroeval"))).save(TARGET)
+        Router.load(train(TrainConfig(data=arguments.data, out=Path(folder) / "zeroeval", mode="cheaper"))).save(TARGET)
     router = Router.load(TARGET)
     certificate: Certificate = router.certificate
     config = router.checkpoint.config
@@ -72,6 +74,8 @@ def main() -> int:
         dim=config.input_dim,
         size=sum(path.stat().st_size for path in TARGET.iterdir()) / 1e6,
         data=config.data_sha256[:16],
+        policy=sum(t.size for name, t in router.checkpoint.tensors.items() if name.startswith("policy.")),
+        mode=router.mode,
         delta=certificate.delta,
         tau_max=router.tau_max or 0.0,
         table="\n".join(lines),

@@ -169,8 +169,18 @@ BAD = {
     "five blocks": (config(lambda c: c["encoder"].update(block_weight=[1] * 5)), ValueError, "block_weight: expected"),
     "wrong dim": (config(lambda c: c["encoder"].update(dim=77)), ValueError, "encoder.table: expected shape"),
     "unknown link": (config(lambda c: c.update(link="tanh")), ValueError, "link: expected"),
-    "policy mode without policy": (config(lambda c: c.update(mode="policy")), ValueError, "mode: expected 'dual'"),
-    "head without policy": (config(lambda c: c.update(head="free")), ValueError, "a missing tensor"),
+    "policy mode without policy": (
+        config(lambda c: c.update(head=None)), ValueError, "mode: expected 'dual'"),
+    "policy tensor missing": (tensors(lambda t: t.pop("policy.w1")), ValueError, "a missing tensor"),
+    "policy tensors without head": (
+        config(lambda c: c.update(head=None, mode="dual")), ValueError, "an unknown tensor"),
+    "policy of another width": (
+        tensors(lambda t: t.update({"policy.w2": t["policy.w2"][1:]})), ValueError, "policy.w2: expected shape"),
+    "knots that fall": (
+        tensors(lambda t: t.update({"policy.knots_tau": t["policy.knots_tau"][::-1].copy()})), ValueError,
+        "policy.knots_tau: expected increasing"),
+    "policy mode without its path": (
+        certificate(lambda c: c["paths"].pop("policy")), ValueError, "a path for dual and for the default mode"),
     "projection without tensors": (config(lambda c: c.update(projection="mlp")), ValueError, "a missing tensor"),
     "short hash": (config(lambda c: c["labels"].update(data_sha256="ab")), ValueError, "64 lower-case hexadecimal"),
     "bit flip in the model": (

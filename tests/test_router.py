@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,43 +29,58 @@ def x(router: Router) -> np.ndarray:
     return router.encode(queries())
 
 
-def test_answers_are_those_of_the_reference(router: Router, x: np.ndarray) -> None:
+@pytest.fixture(scope="module")
+def plain(router: Router) -> Router:
+    """The same router without its policy."""
+    source = router.checkpoint
+    config = replace(source.config, head=None, mode="dual")
+    tensors = {name: tensor for name, tensor in source.tensors.items() if not name.startswith("policy.")}
+    evidence = source.certificate
+    paths, tables = {"dual": evidence.paths["dual"]}, {"dual": evidence.tables["dual"]}
+    return Router(checkpoint.Checkpoint(config, tensors, replace(evidence, paths=paths, tables=tables)))
+
+
+@pytest.mark.parametrize("mode", ["dual", "policy"])
+def test_answers_are_those_of_the_reference(router: Router, x: np.ndarray, mode: Any) -> None:
     """Through the whole chain: table look-up, mixing side, prediction, score, argmax."""
     source = router.checkpoint
     tensors = {name: torch.from_numpy(t).double() for name, t in source.tensors.items() if "encoder" not in name}
     c = torch.from_numpy(router.pool.price_usd / source.config.cost_unit_usd)
     p = reference.predict_ref(torch.from_numpy(x).double(), tensors, source.config.link)
     u = reference.row_hash_ref(torch.from_numpy(x), router.certificate.key)
-    path = router.certificate.paths["dual"].path
-    table = router.certificate.tables["dual"]["certified"]
+    path = router.certificate.paths[mode].path
+    table = router.certificate.tables[mode]["certified"]
+    prior = tensors["policy.prior"] if mode == "policy" else torch.zeros(len(c)).double()
     for tau in (0.0, 0.72, 0.8, 0.8301, 0.86, 0.95, 1.0):
         code = torch.full((len(x),), int(table.code[pf.certificate.tau_index(tau)]), dtype=torch.int32)
         vertex = reference.mixing_side_ref(u, code)
         mu = torch.from_numpy(path.parameter)[vertex].double()
-        scores = reference.scores_ref(p, mu, torch.zeros(len(c)).double(), c, source.config.kappa, source.config.gamma)
+        if mode == "policy":
+            mu = reference.policy_ref(torch.from_numpy(x).double(), mu, tensors, source.config.head or "").mu
+        scores = reference.scores_ref(p, mu, prior, c, source.config.kappa, source.config.gamma)
         choice, best = reference.best_candidate_ref(scores)
-        batch = router.route_batch(x, tau)
+        batch = router.route_batch(x, tau, mode=mode)
         top = scores.topk(2, dim=1).values
         clear = (top[:, 0] - top[:, 1] > 2e-5).numpy()
-        assert np.array_equal(batch.mu, mu.float().numpy())
+        assert np.abs(batch.mu - mu.float().numpy()).max() <= (1e-5 if mode == "policy" else 0.0)
         assert np.array_equal(batch.choice[clear], choice.numpy()[clear])
         assert np.abs(batch.score - best.numpy()).max() <= 1e-5
         assert clear.mean() > 0.99
 
 
-def test_mixing_serves_the_share_that_the_code_says(router: Router) -> None:
-    table = router.certificate.tables["dual"]["certified"]
+def test_mixing_serves_the_share_that_the_code_says(plain: Router) -> None:
+    table = plain.certificate.tables["dual"]["certified"]
     index = next(i for i in range(800, table.max_index) if table.code[i] % MIXING_STEPS not in (0, 1, 15))
-    x = np.random.default_rng(0).standard_normal((20_000, router.input_dim)).astype(np.float32)
-    mu = router.route_batch(x, index / 1000).mu
+    x = np.random.default_rng(0).standard_normal((20_000, plain.input_dim)).astype(np.float32)
+    mu = plain.route_batch(x, index / 1000).mu
     vertex, share = divmod(int(table.code[index]), MIXING_STEPS)
-    parameter = router.certificate.paths["dual"].path.parameter
+    parameter = plain.certificate.paths["dual"].path.parameter
     assert set(np.unique(mu)) == {parameter[vertex], parameter[vertex + 1]}
     assert abs((mu == parameter[vertex + 1]).mean() - share / MIXING_STEPS) < 0.015
     ids = np.arange(20_000, dtype=np.uint64)
-    by_id = router.route_batch(x, index / 1000, ids=ids)
+    by_id = plain.route_batch(x, index / 1000, ids=ids)
     assert not np.array_equal(by_id.mu, mu)
-    assert np.array_equal(by_id.mu, router.route_batch(x[::-1].copy(), index / 1000, ids=ids[::-1].copy()).mu[::-1])
+    assert np.array_equal(by_id.mu, plain.route_batch(x[::-1].copy(), index / 1000, ids=ids[::-1].copy()).mu[::-1])
 
 
 def test_kinds_of_arrays_come_back(router: Router, x: np.ndarray) -> None:
@@ -139,13 +155,14 @@ def test_statuses(router: Router, x: np.ndarray) -> None:
         ({"guarantee": "calibrated"}, 1.0, Status.INFEASIBLE, np.nan),
         ({"guarantee": "calibrated", "available": all_but_one}, 1.0, Status.UNCERTIFIED, np.nan),
         ({"ids": np.arange(len(x), dtype=np.uint64)}, 0.8, Status.UNCERTIFIED, np.nan),
-        ({"mode": "dual"}, 0.8, Status.FEASIBLE, 0.8),
+        ({"mode": router.mode}, 0.8, Status.FEASIBLE, 0.8),
+        ({"mode": "dual"}, 0.8, Status.UNCERTIFIED, np.nan),
     ]
     for options, tau, status, floor in cases:
         batch = router.route_batch(x, tau, **options)
         assert set(batch.status) == {status}, (options, tau)
         assert np.allclose(batch.certified_floor, floor, atol=1e-6, equal_nan=True), (options, tau)
-    calibrated = router.certificate.tau_max("dual", "calibrated")
+    calibrated = router.certificate.tau_max(router.mode, "calibrated")
     assert calibrated is not None
     assert calibrated > tau_max
 
@@ -171,7 +188,7 @@ def test_values_inside_arrays_spoil_their_own_row_only(router: Router, x: np.nda
     assert list(router.route_batch(x[:8], 0.85, price_usd=price).status) == [3, 3, 4, 4, 4, 3, 3, 3]
 
 
-D, K = 78, 14
+D, K = 79, 14
 Z = np.zeros((4, D), np.float32)
 
 BAD_CALLS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
@@ -222,10 +239,9 @@ BAD_CALLS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("ids signed", {"ids": np.arange(4)}, TypeError, "ids: expected"),
     ("ids floats", {"ids": np.arange(4.0)}, TypeError, "ids: expected"),
     ("unknown mode", {"mode": "fast"}, ValueError, "mode: expected"),
-    ("mode not there", {"mode": "policy"}, ValueError, "mode: expected"),
     ("unknown guarantee", {"guarantee": "sure"}, ValueError, "guarantee: expected"),
     ("sample without seed", {"sample": True}, ValueError, "seed: expected"),
-    ("sample without policy", {"sample": True, "seed": 1}, ValueError, "sample: expected"),
+    ("sample without policy", {"sample": True, "seed": 1, "mode": "dual"}, ValueError, "sample: expected"),
     ("strict and infeasible", {"tau": 1.0, "strict": True}, ValueError, r"tau: expected at most 0\.\d+ \(tau_max\)"),
     ("strict and NaN", {"tensor": Z + np.float32(np.nan), "strict": True}, ValueError, "INVALID at row 0"),
 ]  # fmt: skip
@@ -361,21 +377,26 @@ def test_other_devices_are_refused() -> None:
         Router.load(device="cuda")
 
 
-def test_policy_checkpoints_serve_both_modes(router: Router, x: np.ndarray, tmp_path: Any) -> None:
-    """A policy network in a checkpoint: loaded, served uncertified, equal to the module's own forward pass."""
-    from dataclasses import replace
+def test_a_router_without_a_policy_has_one_mode(plain: Router, x: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="mode: expected"):
+        plain.route_batch(x, 0.8, mode="policy")
+    with pytest.raises(ValueError, match="sample: expected"):
+        plain.route_batch(x, 0.8, sample=True, seed=1)
 
+
+def test_policy_checkpoints_serve_both_modes(plain: Router, x: np.ndarray, tmp_path: Any) -> None:
+    """A policy network in a checkpoint: loaded, served uncertified, equal to the module's own forward pass."""
     from proteus_fast.training.policy import PolicyNetwork
 
     torch.manual_seed(0)
     knots = torch.linspace(0.0, 1.0, 16)
-    network = PolicyNetwork(router.input_dim, len(router.pool), knots, knots.clone(), 3 * knots, head="residual")
+    network = PolicyNetwork(plain.input_dim, len(plain.pool), knots, knots.clone(), 3 * knots, head="residual")
     start = network(torch.from_numpy(x), torch.full((len(x),), 0.8)).mu
     assert torch.allclose(start, torch.full_like(start, 0.8), atol=1e-5)
     with torch.no_grad():
         network.w3.normal_(0.0, 0.3)
         network.prior.normal_(0.0, 0.05)
-    source = router.checkpoint
+    source = plain.checkpoint
     config = replace(source.config, head="residual")
     made = checkpoint.Checkpoint(config, dict(source.tensors) | network.tensors(), source.certificate)
     checkpoint.save(made, tmp_path / "policy")
@@ -384,7 +405,7 @@ def test_policy_checkpoints_serve_both_modes(router: Router, x: np.ndarray, tmp_
     preference = network(torch.from_numpy(x), torch.full((len(x),), 0.8))
     assert np.abs(batch.mu - preference.mu.detach().numpy()).max() < 1e-5
     assert set(batch.status) == {Status.UNCERTIFIED}
-    assert np.array_equal(loaded.route_batch(x, 0.8).choice, router.route_batch(x, 0.8).choice)
+    assert np.array_equal(loaded.route_batch(x, 0.8).choice, plain.route_batch(x, 0.8).choice)
     first = loaded.route_batch(x, 0.8, mode="policy", sample=True, seed=7)
     again = loaded.route_batch(x, 0.8, mode="policy", sample=True, seed=7)
     other = loaded.route_batch(x, 0.8, mode="policy", sample=True, seed=8)
