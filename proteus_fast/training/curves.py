@@ -49,19 +49,19 @@ def write_policy_curves(folder: Path, problem: Problem, fitted: PolicyFit) -> No
         band = [entry["bands"][number] for entry in log]
         label = f"tau {np.mean([one['tau'] for one in band]):.3f}"
         # one batch of a band is a few hundred rows: a running mean shows where it goes
-        violation = np.convolve(
-            [one["violation"] for one in band], np.ones(5) / 5, "same" if len(band) >= 5 else "full"
-        )
-        short.plot(steps, violation[: len(steps)], label=label)
+        width = min(5, len(band))
+        violation = np.convolve([one["violation"] for one in band], np.ones(width) / width, "valid")
+        short.plot(steps[width - 1 :], violation, label=label)
         dual.plot(steps, [one["dual"] for one in band], label=label)
     short.axhline(0.0, color="black", lw=0.6)
     short.set(title="training rows", xlabel="step", ylabel="tau - accuracy, mean of 5 reports")
     dual.set(xlabel="step", ylabel="dual variable lambda", yscale="log")
     if log:
         dual.legend(fontsize=7)
-    tau = positions_of(fitted.trainer)
-    _, mu = follow(fitted.trainer.served, problem.rows(), tau, problem.kappa)
-    low, middle, high = np.quantile(mu.numpy(), (0.05, 0.5, 0.95), axis=1)
+    positions = positions_of(fitted.trainer)
+    _, preference = follow(fitted.trainer.served, problem.rows(device=str(positions.device)), positions, problem.kappa)
+    tau, mu = positions.cpu().numpy(), preference.cpu().numpy()
+    low, middle, high = np.quantile(mu, (0.05, 0.5, 0.95), axis=1)
     map_.fill_between(tau, low, high, alpha=0.25, label="5 to 95 % of the rows")
     map_.plot(tau, middle, label="median")
     map_.set(title="preference", xlabel="tau", ylabel="mu")

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from proteus_fast.certificate import Path, lay_path
 from proteus_fast.evaluation.metrics import SELECTION_TARGETS, Curve, plug_in_curve, relative_targets
 from proteus_fast.evaluation.outcomes import FOLDS, OutcomeTable
-from proteus_fast.training.ppo import Dual, PolicyConfig, Rows, Trainer, build_network, follow
+from proteus_fast.training.ppo import (
+    Dual,
+    PolicyConfig,
+    Rows,
+    Trainer,
+    build_network,
+    follow,
+    from_first,
+    is_first,
+)
 from proteus_fast.training.start import Start, dual_start
 
 FloatArray = NDArray[np.float64]
@@ -90,8 +99,9 @@ class PolicyFit:
     """A trained policy.
 
     Attributes:
-        trainer: with the network, the dual and the log. steps: batches, as chosen out of fold. path: its certified
-            path before certification. tried: steps watched, (S,). cost_usd: out-of-fold selection cost of each, (S,).
+        trainer: with the network, the dual and the log. steps: batches, as chosen out of fold. path: its path,
+            before certification; out-of-fold accuracy and cost are those of the fold policies at the same place between
+            their own knots. tried: steps watched, (S,). cost_usd: out-of-fold selection cost of each, (S,).
             dual_cost_usd: that of the plug-in rule on the same rows. curve: out-of-fold curve at the chosen step.
     """
 
@@ -182,7 +192,7 @@ def fit_policy(
     name = run_name(config, seed)
     watched = watched_steps(config)
     threads = torch.get_num_threads()
-    # batches of a thousand rows are too small to share, and threads side by side wait for the interpreter's lock
+    # batches of a thousand rows are too small for threads to share
     torch.set_num_threads(1)
     try:
         choice = np.zeros((len(watched), _POSITIONS, len(problem.table)), np.int16)
@@ -195,7 +205,7 @@ def fit_policy(
         taus = relative_targets(table.score.mean(axis=0), price, SELECTION_TARGETS)
         curves = [curve_of(table, one.astype(np.int64)) for one in choice]
         cost = np.array([float(np.exp(np.log(curve.costs(taus, table)).mean())) for curve in curves])
-        best = int(cost.argmin()) if select else len(watched) - 1
+        best = from_first(int(cost.argmin()) if select else len(watched) - 1)
         trainer = build_trainer(problem, config, seed, None, device)
         train_to(trainer, int(watched[best]), run_name(config, seed), store, progress)
     finally:
@@ -215,12 +225,12 @@ def _watched_run(
     progress: Callable[[Trainer], None],
 ) -> NDArray[np.int16]:  # fmt: skip
     """Train one fold's policy; its choices on the held-out rows at every watched step, (S, T, m)."""
-    done = store.load(name)
+    done = from_first(store.load(name) if is_first() else None)
     if done is not None:
         return np.asarray(done["choice"])
     taus = positions_of(trainer)
     seen: list[NDArray[np.int16]] = []
-    half = store.load(f"{name}-state")
+    half = from_first(store.load(f"{name}-state") if is_first() else None)
     if half is not None:
         seen = list(half["choice"])
         trainer.restore(half)
@@ -237,7 +247,7 @@ def _watched_run(
 def train_to(trainer: Trainer, steps: int, name: str, store: Store, progress: Callable[[Trainer], None]) -> None:
     """Train to a number of steps, from where an earlier run was stopped."""
     name = f"{name}-to-{steps}"
-    state = store.load(name)
+    state = from_first(store.load(name) if is_first() else None)
     if state is not None:
         trainer.restore(state)
     while trainer.step < steps:

@@ -12,10 +12,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +25,11 @@ from proteus_fast.training.policy import Critic, Head, PolicyNetwork, decide
 from proteus_fast.training.start import Start
 from proteus_kernels.reference import Preference, interpolate_ref, sample_beta_ref, scores_ref
 
+T = TypeVar("T")
+
 _SMALLEST_MU = 1e-5
 _SCALE_MEMORY = 0.95
 _BANDS = 4
-# torch draws first weights from one generator for all threads
-_SEEDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class PolicyConfig:
         epochs, minibatch: passes over a batch and rows of a gradient step (left open by the paper).
         clip, learning_rate, gradient_clip: [P: .2, AdamW 3e-4, 1.0]. weight_decay: AdamW's (left open by the paper).
         baseline: what is subtracted from a reward: ``greedy``, the reward of the policy's own mode on the same row
-            (self-critical, Rennie et al. 2017; outcome tables know it), ``critic`` [P], or ``none``.
+            (self-critical, Rennie et al. 2017; outcome tables know it), ``critic`` [P], or ``none``: the
+            batch's mean only.
         label_share: accuracy in the reward is label_share y + (1 - label_share) p, p being the out-of-fold prediction:
             a label is one noisy draw, and with y alone the policy fits that noise within a hundred steps. [P] has p
             alone, in sample. Violations that drive the dual always count y.
@@ -112,6 +112,11 @@ class PolicyConfig:
         for name in ("clip", "learning_rate", "gradient_clip", "smallest_gain"):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "stay", "dual_step", "scalar_step", "slack", "alarm"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
+        if self.batch < 2:
+            raise ValueError(f"batch: expected at least 2, got {self.batch}")
         if not min(self.temperature) > 0.0:
             raise ValueError(f"temperature: expected numbers above 0, got {self.temperature}")
 
@@ -186,7 +191,7 @@ class Dual:
 def build_network(rows: Rows, config: PolicyConfig, start: Start, seed: int) -> PolicyNetwork:
     """A policy at its start, standardised by the rows it will be trained on."""
     mean, scale = rows.z.mean(dim=0), rows.z.std(dim=0).clamp_min(1e-6)
-    with _SEEDING:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = PolicyNetwork(
             rows.z.shape[1], rows.p.shape[1], start.tau, start.mu, torch.log1p(1.0 / start.weight),
@@ -196,7 +201,7 @@ def build_network(rows: Rows, config: PolicyConfig, start: Start, seed: int) -> 
 
 
 def follow(network: PolicyNetwork, rows: Rows, taus: Tensor, kappa: float) -> tuple[Tensor, Tensor]:
-    """What the policy does with every row at every target, by its mean.
+    """What the policy does with every row at every target, by mu: the Beta's mode (residual head) or mean (free).
 
     Args:
         taus: path parameters, (T,).
@@ -274,7 +279,7 @@ class Trainer:
         self.rows, self.config, self.kappa, self.seed = rows, config, kappa, seed
         self.step = 0
         self.log: list[dict[str, Any]] = []
-        with _SEEDING:
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.critic = Critic(rows.z.shape[1]).to(rows.z.device)
         network.gamma_logit.requires_grad_(config.learn_gamma)
@@ -460,6 +465,15 @@ def is_distributed() -> bool:
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return not is_distributed() or torch.distributed.get_rank() == 0
+
+
+def from_first(value: T) -> T:
+    """The first process's value: what decides how long to train must be one for all."""
+    if not is_distributed():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _own(part: Tensor) -> Tensor:

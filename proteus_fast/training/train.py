@@ -322,7 +322,7 @@ def train(config: TrainConfig) -> Path:
         refined = _refinement(config, division, hashed, first.p, stages, tick) if refines else None
         if refined is not None and refined[1]:
             head, p, link = dict(refined[0].tensors), refined[0].p, "sigmoid"
-        policy = None
+        policy, fitted = None, None
         if first.problem is not None:
             fitted = fit_policy(
                 first.problem, settings, seed=config.seed, store=stages, progress=look, device=config.device
@@ -330,8 +330,6 @@ def train(config: TrainConfig) -> Path:
             stages.log(stage="policy trained")
             policy = _policy_part(config, fitted)
             _log_policy(stages, fitted, policy.mode)
-            if is_first():
-                write_policy_curves(stages.folder, first.problem, fitted)
         result = plug_in_checkpoint(
             fit,
             p,
@@ -346,6 +344,8 @@ def train(config: TrainConfig) -> Path:
         )
         if is_first():
             checkpoint.save(result, out)
+            if first.problem is not None and fitted is not None:
+                write_policy_curves(stages.folder, first.problem, fitted)
             write_search_curves(
                 stages.folder, fit.name, first.tried, [] if refined is None else refined[0].loss.tolist()
             )
