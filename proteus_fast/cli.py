@@ -64,9 +64,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from proteus_fast.training.ppo import PolicyConfig, is_first
     from proteus_fast.training.train import TrainConfig, train
 
-    settings: dict[str, Any] = {"head": arguments.head, "dual": arguments.dual}
-    if arguments.policy_steps is not None:
-        settings["steps"] = arguments.policy_steps
+    options = {"head": arguments.head, "dual": arguments.dual, "steps": arguments.policy_steps}
+    settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if arguments.mode == "dual" and settings:
+        raise ValueError("mode: expected policy or cheaper with --head, --dual or --policy-steps, got dual")
     config = TrainConfig(
         data=arguments.data,
         out=arguments.out,
@@ -110,6 +111,9 @@ def _experiment(arguments: argparse.Namespace) -> int:
 
     if arguments.seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {arguments.seeds}")
+    names = [Path(folder).resolve().name for folder in arguments.data]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data: expected folders of different names, got {', '.join(names)}")
     cache = None if arguments.cache is None else Path(arguments.cache)
     # None: off where standard error is no terminal
     with tqdm(desc=arguments.name, unit="run", disable=True if arguments.json else None) as bar:
@@ -250,8 +254,10 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
         help="dual: the plug-in rule alone (default); policy: also train the Beta policy, and route by it; cheaper: "
         "also train it, route by what costs less out of fold",
     )  # fmt: skip
-    train.add_argument("--dual", choices=["indexed", "scalar"], default="indexed", help="lambda(tau), or the paper's")
-    train.add_argument("--head", choices=["residual", "free"], default="residual", help="free is the paper's")
+    train.add_argument("--dual", choices=["indexed", "scalar"], help="lambda(tau) (default), or the paper's")
+    train.add_argument(
+        "--head", choices=["residual", "free"], help="of the policy (default residual); free is the paper's"
+    )
     train.add_argument("--policy-steps", type=int, metavar="N", help="batches of the policy's training, at most")
     train.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the policy is trained")
 
@@ -263,7 +269,7 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
     )  # fmt: skip
     experiment.add_argument("--seeds", type=int, default=5, help="of the policies (default %(default)s)")
     experiment.add_argument("--out", default="docs/results", metavar="DIR", help="where files go (default %(default)s)")
-    experiment.add_argument("--cache", metavar="DIR", help="keeps fitted predictors for the next experiment")
+    experiment.add_argument("--cache", metavar="DIR", help="keeps predictors and policies for the next experiment")
 
     evaluate = add(
         "evaluate", _evaluate, "accuracy, floors and cost on an outcome table, beside baselines", "the report"

@@ -68,7 +68,8 @@ def train_seeds(
 def descend(study: Study, config: PolicyConfig, seed: int) -> Trainer:
     """Direct descent instead of PPO: the gradient of the reward through softmax(s / T), mu and all.
 
-    The dual stays at its start, the optimiser, batches and temperatures are PPO's.
+    The optimiser, batches and temperatures are PPO's; the dual stays at its start, rewards are not scaled by session,
+    and nothing holds the policy to the dual table.
     """
     trainer = build_trainer(study.problem, config, seed)
     name = f"{run_name(config, seed)}-descent"
@@ -112,6 +113,7 @@ def _cells(measured: Sequence[Measured]) -> tuple[str, ...]:
     return tuple(show([getattr(one, name) for one in measured]) for name in _FIGURES)
 
 
+_ONE_CHOICE = "The number of steps is chosen out of fold once, with the first seed: intervals leave that choice out."
 _NOTE = (
     "17 targets, q = .1 ... .9 of the range between cheapest and best candidate on the fit rows; mu, accuracy and cost "
     "are means over the test rows at tau' = tau, without calibration. cost / hull: the policy's cost over that "
@@ -187,6 +189,7 @@ def correlation(studies: Sequence[Study], seeds: int, progress: Progress) -> Res
         "indexed: lambda(tau) on 16 knots, residual head, steps chosen out of fold. scalar: the paper's single lambda, "
         "free head, predicted accuracy in the reward and a critic, lambda = 1 at inference; tau enters its reward as a "
         "constant, so nothing ties mu to it.",
+        _ONE_CHOICE,
     )
     return _result("correlation", "Does the preference follow the target?", studies, found, notes, seeds)
 
@@ -215,7 +218,8 @@ def heads(studies: Sequence[Study], seeds: int, progress: Progress) -> Result:
         "dual table: where the residual head starts, a policy without its network; its points against the hull of the "
         "same rule show what a smoothed table loses to a hull that is read in hindsight. Bounds are taken at the "
         "accuracies of the dual table. Free head and direct descent train for as many steps as the residual head may "
-        f"({INDEXED.steps}), without a choice out of fold.",
+        f"({INDEXED.steps}), without a choice out of fold; descent has a fixed dual and is not held to the table.",
+        _ONE_CHOICE,
     )
     return _result("heads", "What equal accuracy costs", studies, found, notes, seeds, bounds)
 

@@ -117,8 +117,10 @@ def test_refinement_is_deterministic_and_served_by_the_engine() -> None:
     assert all(np.array_equal(result.tensors[name], again.tensors[name]) for name in result.tensors)
     source = router.checkpoint
     encoder = {name: tensor for name, tensor in source.tensors.items() if name.startswith("encoder.")}
-    config = replace(source.config, projection="mlp", link="sigmoid")
-    refined = Router(Checkpoint(config, encoder | result.tensors, source.certificate))
+    # a policy would see embeddings that it was not trained on: the plug-in rule alone
+    config = replace(source.config, projection="mlp", link="sigmoid", head=None, mode="dual")
+    certificate = replace(source.certificate, paths={"dual": source.certificate.paths["dual"]})
+    refined = Router(Checkpoint(config, encoder | result.tensors, certificate))
     _, _, _, _, _, predicted, _ = refined.snapshot.scores(h, 0.85)
     tensors = {name: torch.from_numpy(tensor).double() for name, tensor in result.tensors.items()}
     z = reference.project_ref(torch.from_numpy(h).double(), tensors)

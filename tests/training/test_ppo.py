@@ -160,7 +160,7 @@ def certified(problem: Problem, trainer: Trainer, calibration: Problem) -> Route
 
 @pytest.mark.parametrize(
     ("head", "dual", "steps"),
-    [("residual", "indexed", 0), ("residual", "indexed", 12), ("free", "indexed", 12), ("free", "scalar", 12)],
+    [("residual", "indexed", 0), ("residual", "indexed", 6), ("free", "indexed", 6), ("free", "scalar", 6)],
 )
 def test_the_engine_chooses_what_the_trainer_follows(problem: Problem, head: str, dual: str, steps: int) -> None:
     config = replace(SMALL, head=head, dual=dual, learning_rate=0.02)
@@ -186,7 +186,7 @@ def test_the_engine_chooses_what_the_trainer_follows(problem: Problem, head: str
 
 def test_with_the_scalar_dual_the_served_input_is_one(problem: Problem) -> None:
     trainer = build_trainer(problem, replace(SMALL, dual="scalar"), seed=0)
-    trainer.train(10)
+    trainer.train(6)
     served = trainer.served
     assert torch.equal(served.knots_dual, torch.full((SMALL.knots,), math.log(2.0)))
     torch.testing.assert_close(trainer.network.knots_dual, torch.log1p(trainer.dual.value))
@@ -194,7 +194,7 @@ def test_with_the_scalar_dual_the_served_input_is_one(problem: Problem) -> None:
     for name, tensor in trainer.network.named_parameters():
         assert torch.equal(tensor, served.get_parameter(name))
     indexed = build_trainer(problem, SMALL, seed=0)
-    indexed.train(10)
+    indexed.train(6)
     torch.testing.assert_close(indexed.served.knots_dual, torch.log1p(indexed.dual.value))
 
 
@@ -257,8 +257,7 @@ def test_a_scalar_dual_is_one_additive_number_with_a_floor() -> None:
     assert torch.equal(dual.at(torch.tensor([0.7])), torch.zeros(1))
     dual.update(0.5 * EVERY.float(), EVERY)
     torch.testing.assert_close(dual.value, torch.full((4,), 0.2))
-    for _ in range(5000):
-        dual.update(EVERY.float(), EVERY)
+    dual.update(1e4 * EVERY.float(), EVERY)
     torch.testing.assert_close(dual.value, torch.full((4,), 1000.0))
 
 
@@ -336,6 +335,9 @@ def test_a_run_repeats_and_resumes_to_the_bit(problem: Problem, tmp_path: Path, 
     # broken off between two dual steps and within a session
     first = build_trainer(problem, config, seed=3)
     first.train(3)
+    other = build_trainer(problem, config, seed=4)
+    other.train(3)
+    assert not same(parameters(first), parameters(other))
     first.train(7)
     np.savez(tmp_path / "state.npz", **first.state())
     with np.load(tmp_path / "state.npz", allow_pickle=False) as arrays:
@@ -349,9 +351,6 @@ def test_a_run_repeats_and_resumes_to_the_bit(problem: Problem, tmp_path: Path, 
     assert torch.equal(second.dual.value, whole.dual.value)
     assert torch.equal(second.dual.cusum, whole.dual.cusum)
     assert second.summary() == whole.summary()
-    other = build_trainer(problem, config, seed=4)
-    other.train(16)
-    assert not same(parameters(other), parameters(whole))
 
 
 def test_a_state_is_left_as_it_is_by_the_run_that_takes_it_up(problem: Problem) -> None:
@@ -389,7 +388,7 @@ def test_without_labels_in_the_reward_they_act_through_violations_only(problem: 
         config = replace(SMALL, **changes)
         trainer = build_trainer(honest, config, seed=0)
         trainer.rows = problem.rows()
-        trainer.train(12)
+        trainer.train(6)
         return parameters(trainer)
 
     honest = problem
@@ -405,11 +404,11 @@ def test_gamma_and_prior_learn_unless_told_not_to(problem: Problem, head: str) -
     config = replace(SMALL, head=head, learning_rate=0.05)
     at_rest = build_trainer(problem, replace(config, learn_gamma=False, learn_prior=False), seed=0)
     gamma = at_rest.network.gamma.item()
-    at_rest.train(12)
+    at_rest.train(5)
     assert at_rest.network.gamma.item() == gamma
     assert not at_rest.network.prior.any()
     moved = build_trainer(problem, config, seed=0)
-    moved.train(12)
+    moved.train(5)
     assert moved.network.gamma.item() != gamma
     assert moved.network.prior.any()
     assert 2.0 <= moved.network.gamma.item() <= 8.0
@@ -421,7 +420,7 @@ def test_the_baselines_differ(problem: Problem) -> None:
     for baseline in ("greedy", "critic", "none"):
         trainer = build_trainer(problem, replace(SMALL, baseline=baseline), seed=0)
         start = {name: tensor.clone() for name, tensor in trainer.critic.state_dict().items()}
-        trainer.train(6)
+        trainer.train(2)
         learned = any(not torch.equal(start[name], tensor) for name, tensor in trainer.critic.state_dict().items())
         assert learned == (baseline == "critic")
         found.append(parameters(trainer))
