@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import threadpool_limits
 
-from proteus_fast.evaluation.outcomes import read_division, read_table
 from proteus_fast.experiments import duals
 from proteus_fast.experiments.registry import experiment
-from proteus_fast.experiments.study import Study, one_thread, study_of
+from proteus_fast.experiments.study import Study
 from proteus_fast.training.fit_policy import start_of
 from proteus_fast.training.ppo import Dual, PolicyConfig
 from proteus_fast.training.start import Start
-from proteus_fast.training.train import Stages, TrainConfig, fit_predictor
-from tests.evaluation import synthetic
+from tests.experiments import studies
 
 SMALL = PolicyConfig(hidden=8, epochs=1, sessions=16, batch=8, minibatch=128)
 START = Start(torch.tensor([0.5, 0.6, 0.7]), torch.tensor([0.2, 0.5, 0.8]), torch.tensor([1.0, 0.5, 0.1]), 4.0)
 SEEN = torch.ones(3, dtype=torch.bool)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def serial() -> Iterator[None]:
-    """On matrices this small a second thread only waits, for long where the cores are shared."""
-    with one_thread(), threadpool_limits(1):
-        yield
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = synthetic.write_splits(
-        tmp_path_factory.mktemp("data") / "synthetic", synthetic.outcome_table(1500, seed=1)
-    )
-    config = TrainConfig(
-        data=folder, out=folder, table_rows=1 << 11, extra_dim=4, alphas=(1.0, 8.0), mode="policy",
-        block_weights=((1.0, 1.0, 1.0, 0.0),), variants=("each+0",),
-    )  # fmt: skip
-    division = read_division(folder)
-    first = fit_predictor(config, division, Stages(folder, "", read_only=True), lambda _: None)
-    assert first.problem is not None
-    return study_of(division, read_table(folder / "test.parquet"), first.hashed, first.problem)
+    return studies.prepare(tmp_path_factory.mktemp("data"), 1500, seed=1, table_rows=1 << 11)
 
 
 def pid(violations: list[float], cap: float = 1000.0) -> list[float]:

@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_limits
 
 from proteus_fast.certificate import Mode
-from proteus_fast.evaluation.outcomes import read_division, read_table
 from proteus_fast.experiments import traffic
-from proteus_fast.experiments.study import Result, Study, one_thread, study_of
+from proteus_fast.experiments.study import Result, Study
 from proteus_fast.training.ppo import PolicyConfig
-from proteus_fast.training.train import Stages, TrainConfig, fit_predictor
-from tests.evaluation import synthetic
+from tests.experiments import studies
 
 CONFIG = PolicyConfig(hidden=16, steps=4, sessions=8, batch=16, minibatch=64)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def serial() -> Iterator[None]:
-    """On matrices this small a second thread only waits, for long where the cores are shared."""
-    with one_thread(), threadpool_limits(1):
-        yield
-
-
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    folder = synthetic.write_splits(
-        tmp_path_factory.mktemp("data") / "synthetic", synthetic.outcome_table(2000, seed=9)
-    )
-    config = TrainConfig(
-        data=folder, out=folder, table_rows=1 << 11, extra_dim=4, alphas=(1.0, 8.0), mode="policy",
-        block_weights=((1.0, 1.0, 1.0, 0.0),), variants=("each+0",),
-    )  # fmt: skip
-    division = read_division(folder)
-    first = fit_predictor(config, division, Stages(folder, "", read_only=True), lambda _: None)
-    assert first.problem is not None
-    return study_of(division, read_table(folder / "test.parquet"), first.hashed, first.problem)
+    return studies.prepare(tmp_path_factory.mktemp("data"), 2000, seed=9, table_rows=1 << 11)
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def test_a_stopped_run_is_taken_up(problem: Problem, fitted: PolicyFit) -> None:
 
 
 def test_another_seed_or_setting_is_another_run(problem: Problem) -> None:
-    store, config = Memory(), replace(SMALL, steps=1)
+    store, config = Memory(), replace(SMALL, steps=0)
     runs = []
     for changed, seed in ((config, 0), (config, 1), (replace(config, stay=0.5), 0)):
         store.saved.clear()
