@@ -67,7 +67,10 @@ def train_more(config):
         trainer = build_trainer(problem, one, seed=3)
         trainer.train(one.steps)
         np.savez(f"policy-{number}-{rank}.npz", **trainer.network.tensors(), dual=trainer.dual.value)
-    return train(replace(config, **changes))
+    config = replace(config, **changes)
+    train(config)
+    # again: the second process has nothing of its own to take up
+    return train(config)
 
 
 stages.train = train_more

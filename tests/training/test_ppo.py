@@ -464,6 +464,8 @@ def test_the_policy_learns_which_queries_are_dear(problem: Problem) -> None:
         ({"hidden": 0}, "hidden: expected"),
         ({"sessions": 0}, "sessions: expected"),
         ({"batch": 0}, "batch: expected"),
+        # of one row there is no deviation
+        ({"batch": 1}, "batch: expected at least 2"),
         ({"session_batches": 0}, "session_batches: expected"),
         ({"epochs": 0}, "epochs: expected"),
         ({"minibatch": 0}, "minibatch: expected"),
@@ -476,6 +478,12 @@ def test_the_policy_learns_which_queries_are_dear(problem: Problem) -> None:
         ({"learning_rate": float("nan")}, "learning_rate: expected"),
         ({"gradient_clip": -1.0}, "gradient_clip: expected"),
         ({"smallest_gain": 0.0}, "smallest_gain: expected"),
+        ({"weight_decay": -0.1}, "weight_decay: expected"),
+        ({"stay": float("nan")}, "stay: expected"),
+        ({"dual_step": -1.0}, "dual_step: expected"),
+        ({"scalar_step": float("inf")}, "scalar_step: expected"),
+        ({"slack": float("nan")}, "slack: expected"),
+        ({"alarm": -1.0}, "alarm: expected"),
         ({"temperature": (0.1, 0.0)}, "temperature: expected"),
     ],
 )

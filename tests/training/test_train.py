@@ -232,6 +232,9 @@ def test_the_command_line_trains_a_policy(tmp_path: Path, capsys: pytest.Capture
         (["--dual", "both"], None, "invalid choice"),
         (["--policy-steps", "many"], None, "invalid int"),
         (["--mode", "policy", "--policy-steps", "-1"], 2, "expected at least 0"),
+        (["--policy-steps", "3"], 2, "mode: expected policy or cheaper"),
+        (["--head", "free"], 2, "mode: expected policy or cheaper"),
+        (["--dual", "scalar"], 2, "mode: expected policy or cheaper"),
     ],
 )
 def test_wrong_words_for_a_policy(
