@@ -1,0 +1,124 @@
+"""Decisions as CUDA graphs, one a bucket of batch sizes: a call copies its rows in and replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from proteus_kernels.launch import INTERPRETED
+from proteus_kernels.snapshot import FLOATS, Decisions, Snapshot
+
+SMALLEST_BUCKET = 16
+
+
+class CapturedDecide:
+    """A decision of fixed options, captured for 16, 32, 64 ... rows. ``run`` neither allocates nor waits.
+
+    It works in buffers of its own: one at a time, on one stream. A run overwrites the answers of the run before.
+
+    Attributes:
+        max_rows: the largest batch. state: seed and offset of the draws, (2,) int64; None where nothing is drawn.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        max_rows: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        mode: str | None = None,
+        guarantee: str = "certified",
+        state: Tensor | None = None,
+    ) -> None:
+        """Allocate and capture.
+
+        Args:
+            snapshot: the router. max_rows: the largest batch, >= 1. dtype: of the rows.
+            mode, guarantee, state: as in ``Snapshot.decide``. A replay adds its bucket's size to the state's offset, so
+                that the next one draws fresh numbers.
+        """
+        if max_rows < 1:
+            raise ValueError(f"max_rows: expected an integer >= 1, got {max_rows!r}")
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype: expected a floating dtype, got {dtype}")
+        self.max_rows = max_rows
+        self.state = state
+        self._snapshot = snapshot
+        buckets = [SMALLEST_BUCKET << i for i in range(_bucket_index(max_rows) + 1)]
+        top, device = buckets[-1], snapshot.device
+        self._x = torch.zeros(top, snapshot.input_dim, dtype=dtype, device=device)
+        self._tau = torch.zeros(top, dtype=torch.float64, device=device)
+        self._tau_number: float | None = 0.0
+        self._out = Decisions.empty(top, device)
+        scratch = torch.empty(max(snapshot.scratch_floats(b, mode) for b in buckets), device=device)
+
+        def decide(bucket: int) -> None:
+            snapshot.decide(
+                self._x[:bucket], self._tau[:bucket], mode=mode, guarantee=guarantee, state=state,
+                out=Decisions(*(part[:bucket] for part in self._out)), scratch=scratch,
+            )  # fmt: skip
+            if state is not None:
+                state[1:].add_(bucket)
+
+        self._replay = [_capture(decide, bucket, device) for bucket in buckets]
+
+    def run(self, x: Tensor, tau: float | Tensor) -> Decisions:
+        """Decide up to ``max_rows`` rows on the current stream.
+
+        Args:
+            x: (B, D), on the device; another dtype is converted. tau: a number in [0, 1], or (B,) floats on the device.
+
+        Returns:
+            The decisions, views of buffers that the next run overwrites.
+
+        Raises:
+            TypeError, ValueError: ``argument: expected X, got Y``.
+        """
+        device, rows = self._snapshot.device, len(x)
+        if x.device != device or x.dim() != 2 or x.shape[1] != self._x.shape[1]:
+            raise ValueError(
+                f"tensor: expected shape (B, {self._x.shape[1]}) on {device}, got {tuple(x.shape)} on {x.device}"
+            )
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"tensor: expected a floating dtype, got {x.dtype}")
+        if not 1 <= rows <= self.max_rows:
+            raise ValueError(f"tensor: expected 1 to {self.max_rows} rows, got {rows}")
+        if isinstance(tau, Tensor):
+            if tau.device != device or not tau.dtype.is_floating_point or tau.shape not in ((rows,), ()):
+                raise ValueError(
+                    f"tau: expected floats of shape ({rows},) on {device}, got {tau.dtype} of shape "
+                    f"{tuple(tau.shape)} on {tau.device}"
+                )
+            self._tau[:rows].copy_(tau)
+            self._tau_number = None
+        elif not 0.0 <= tau <= 1.0:
+            raise ValueError(f"tau: expected a number in [0, 1], got {tau}")
+        elif tau != self._tau_number:
+            self._tau.fill_(tau)
+            self._tau_number = tau
+        self._x[:rows].copy_(x)
+        self._replay[_bucket_index(rows)]()
+        return Decisions(*(part[:rows] for part in self._out))
+
+
+def _bucket_index(rows: int) -> int:
+    """Index of the least bucket that holds ``rows``."""
+    return max((rows - 1).bit_length() - (SMALLEST_BUCKET - 1).bit_length(), 0)
+
+
+def _capture(decide: Callable[[int], None], bucket: int, device: torch.device) -> Callable[[], None]:
+    if INTERPRETED:
+        return lambda: decide(bucket)
+    with torch.cuda.device(device):
+        # what is compiled and loaded on a first call cannot be captured
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            decide(bucket)
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            decide(bucket)
+    return graph.replay
