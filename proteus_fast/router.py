@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from proteus_fast import _core, checkpoint
+from proteus_fast.arrays import from_numpy, is_for_torch, masked_mean, to_float32, to_numpy, to_tau
 from proteus_fast.certificate import Certificate, Guarantee, Mode, Status, tau_index
 from proteus_fast.pool import Pool
 
@@ -23,6 +26,20 @@ if TYPE_CHECKING:
 
 _FLOAT32 = np.dtype(np.float32)
 EMBEDDED = Path(__file__).parent / "checkpoints" / "zeroeval"
+_lock = threading.Lock()
+_numbers = count()
+# routers that live, for an operator whose arguments are tensors and numbers
+by_number: WeakValueDictionary[int, Router] = WeakValueDictionary()
+
+
+def _cuda() -> ModuleType:
+    """The module for CUDA, which imports torch."""
+    try:
+        from proteus_fast import cuda
+    except ImportError as error:
+        message = f"device: expected torch and Triton for CUDA (pip install 'proteus-fast[gpu]'), got: {error}"
+        raise ImportError(message) from None
+    return cuda
 
 
 class RouteBatch:
@@ -94,68 +111,6 @@ class Explanation(NamedTuple):
     scores: dict[str, float]
 
 
-def to_numpy(tensor: Any, name: str) -> NDArray[Any]:
-    """View an array of any kind on the CPU as NumPy, without a copy where that is possible.
-
-    Raises:
-        TypeError: not a NumPy array, torch tensor or DLPack producer. ValueError: not on the CPU.
-    """
-    if isinstance(tensor, np.ndarray):
-        return tensor
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(tensor, torch.Tensor):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
-        tensor = tensor.detach()
-        view: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        return view
-    if hasattr(tensor, "__dlpack__"):
-        try:
-            return np.from_dlpack(tensor)
-        except (BufferError, RuntimeError) as error:
-            raise ValueError(f"{name}: expected a DLPack array on the CPU, got {error}") from None
-    raise TypeError(f"{name}: expected a NumPy array, torch tensor or DLPack array, got {type(tensor).__name__}")
-
-
-def _from_numpy(array: NDArray[Any], like: Any) -> Any:
-    """Give ``array`` the kind of ``like``."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(like, torch.Tensor):
-        return torch.from_numpy(array)
-    namespace = getattr(like, "__array_namespace__", None)
-    return array if namespace is None else namespace().from_dlpack(array)
-
-
-def _float32(array: NDArray[Any], name: str) -> NDArray[np.float32]:
-    if array.dtype == np.float32 and array.flags.c_contiguous:
-        return array
-    if array.dtype.kind != "f":
-        raise TypeError(f"{name}: expected a floating dtype, got {array.dtype}")
-    return np.ascontiguousarray(array, np.float32)
-
-
-def _is_numbers(values: object) -> bool:
-    return isinstance(values, list | tuple) and all(
-        isinstance(value, float | int) and not isinstance(value, bool) for value in values
-    )
-
-
-def _to_tau(tau: Any) -> float | NDArray[np.float64]:
-    if isinstance(tau, float | int | np.floating | np.integer) and not isinstance(tau, bool):
-        return float(tau)
-    array = np.asarray(tau, np.float64) if _is_numbers(tau) else to_numpy(tau, "tau")
-    if array.dtype.kind != "f":
-        raise TypeError(f"tau: expected a floating dtype, got {array.dtype}")
-    return float(array) if array.ndim == 0 else np.ascontiguousarray(array, np.float64)
-
-
-def _masked_mean(hidden: NDArray[np.float32], mask: NDArray[Any]) -> NDArray[np.float32]:
-    live = mask != 0
-    total = np.where(live[:, :, None], hidden, np.float32(0.0)).sum(axis=1)
-    mean: NDArray[np.float32] = total / np.maximum(live.sum(axis=1, keepdims=True), 1).astype(np.float32)
-    return mean
-
-
 class Router:
     """A loaded router. It is immutable and safe to call from many threads.
 
@@ -165,9 +120,13 @@ class Router:
         snapshot: the engine's form of it.
     """
 
-    def __init__(self, source: Checkpoint) -> None:
+    def __init__(self, source: Checkpoint, precision: str = "float32") -> None:
         config = source.config
         self._checkpoint = source
+        self._precision = precision
+        self._on_device: dict[Any, Any] = {}
+        self.number = next(_numbers)
+        by_number[self.number] = self
         self.pool: Pool = config.pool
         self.input_dim: int = config.input_dim
         self.mode: Mode = config.mode
@@ -181,15 +140,64 @@ class Router:
         self.snapshot = _build_snapshot(source, self._encoder)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str] | None = None, device: str = "cpu") -> Router:
+    def load(
+        cls, path: str | os.PathLike[str] | None = None, device: str = "cpu", precision: str = "float32"
+    ) -> Router:
         """Load a checkpoint folder; None: the embedded router.
 
+        Args:
+            path: the folder. device: ``cuda`` or ``cuda:N`` also puts it on that GPU and compiles its usual kernels;
+                a router gets to a GPU by itself with the first tensor from there, only later.
+            precision: of matrix products on GPUs: ``float32``, which chooses as the CPU does, or ``bfloat16``, whose
+                answers are UNCERTIFIED.
+
         Raises:
-            FileNotFoundError, ValueError: see :func:`proteus_fast.checkpoint.load`.
+            FileNotFoundError, ValueError: see :func:`proteus_fast.checkpoint.load`. ImportError: no torch or Triton.
         """
-        if device != "cpu":
-            raise ValueError(f"device: expected 'cpu', got {device!r}")
-        return cls(checkpoint.load(EMBEDDED if path is None else path))
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
+        if device == "cpu":
+            return cls(checkpoint.load(EMBEDDED if path is None else path), precision)
+        cuda = _cuda()
+        place = cuda.find_device(device)
+        router = cls(checkpoint.load(EMBEDDED if path is None else path), precision)
+        cuda.warm_up(router.on_device(place))
+        return router
+
+    def on_device(self, device: Any) -> Any:
+        """The kernels' form of this router on a CUDA device, put there when it is first asked for."""
+        found = self._on_device.get(device)
+        if found is None:
+            from proteus_fast import cuda
+
+            with _lock:
+                found = self._on_device.setdefault(
+                    device, cuda.build_snapshot(self._checkpoint, device, self._precision)
+                )
+        return found
+
+    def capture(
+        self,
+        max_rows: int,
+        device: str = "cuda",
+        dtype: Any = None,
+        *,
+        mode: Mode | None = None,
+        guarantee: Guarantee = "certified",
+        seed: Any = None,
+    ) -> Any:
+        """Capture decisions as CUDA graphs, for callers that repeat one kind of call: each costs a copy and a replay.
+
+        Args:
+            max_rows: the largest batch. device: ``cuda`` or ``cuda:N``. dtype: of the rows, torch.float32 unless given.
+            mode, guarantee: as in :meth:`route_batch`. seed: draw mu, from this seed (an int, or a tensor of seed and
+                offset), with fresh numbers in every call.
+
+        Returns:
+            An object with ``run(tensor, tau)``, see ``proteus_kernels.graphs.CapturedDecide``.
+        """
+        cuda = _cuda()
+        return cuda.capture(self.on_device(cuda.find_device(device)), max_rows, dtype, mode, guarantee, seed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write this router as a checkpoint folder; see :func:`proteus_fast.checkpoint.save`."""
@@ -236,23 +244,24 @@ class Router:
         guarantee: Guarantee = "certified",
         strict: bool = False,
         sample: bool = False,
-        seed: int | None = None,
+        seed: Any = None,
     ) -> RouteBatch:
         """Choose a candidate for every row.
 
         Args:
             tensor: embeddings (B, D) as ``encode`` returns them, or hidden states (B, T, D) with ``mask``; NumPy, torch
-                (CPU) or DLPack, any floating dtype.
-            tau: accuracy target, a float in [0, 1] or (B,) floats, a list of them too.
+                or DLPack, any floating dtype, on the CPU or on a CUDA device. There every other array is a tensor of
+                that device too, nothing is waited for, and only what needs no look at values is an error.
+            tau: accuracy target, a float in [0, 1] or (B,) floats, on the CPU a list of them too.
             mask: 1 where a token counts, (B, T); only with hidden states.
             available: candidates that may be chosen, bool, (K,) or (B, K).
             price_usd: prices that replace the pool's, USD per query, (K,) or (B, K).
             ids: (B,) uint64 that replace the rows' own bytes in the mixing hash; such rows are UNCERTIFIED.
             mode: ``dual`` or ``policy``; None: the checkpoint's.
             guarantee: ``certified`` or ``calibrated``.
-            strict: raise where a row is INFEASIBLE or INVALID instead of answering.
+            strict: raise where a row is INFEASIBLE or INVALID instead of answering; on a CUDA device this waits.
             sample: draw mu from the policy's Beta instead of taking its mean. seed: of the draws, with the row's index;
-                required with ``sample``.
+                required with ``sample``. On a CUDA device also a tensor of seed and offset, (2,) int64.
 
         Returns:
             The answers, in the caller's kind of array. A row with NaN, a tau outside [0, 1] inside an array, a price
@@ -261,29 +270,38 @@ class Router:
         Raises:
             TypeError, ValueError: ``argument: expected X, got Y``.
         """
+        if sample and seed is None:
+            raise ValueError("seed: expected an integer where sample is true, got None")
+        if type(tensor) is not np.ndarray and is_for_torch(tensor):
+            from proteus_fast import cuda
+
+            return RouteBatch(
+                *cuda.route_batch(
+                    self, tensor, tau, mask=mask, available=available, price_usd=price_usd, ids=ids, mode=mode,
+                    guarantee=guarantee, strict=strict, sample=sample, seed=seed,
+                )
+            )  # fmt: skip
         x = tensor if type(tensor) is np.ndarray else to_numpy(tensor, "tensor")
         if x.ndim == 3 or mask is not None:
             x = self._pool_tokens(x, mask)
         if x.dtype is not _FLOAT32 or not x.flags.c_contiguous:
-            x = _float32(x, "tensor")
+            x = to_float32(x, "tensor")
         if x.ndim != 2 or x.shape[1] != self.input_dim:
             raise ValueError(f"tensor: expected shape (B, {self.input_dim}), got {x.shape}")
         if type(tau) is not float:
-            tau = _to_tau(tau)
+            tau = to_tau(tau)
         if available is not None:
             available = to_numpy(available, "available")
         if price_usd is not None:
-            price_usd = _float32(to_numpy(price_usd, "price_usd"), "price_usd")
+            price_usd = to_float32(to_numpy(price_usd, "price_usd"), "price_usd")
         if ids is not None:
             ids = to_numpy(ids, "ids")
-        if sample and seed is None:
-            raise ValueError("seed: expected an integer where sample is true, got None")
         arrays = self.snapshot.route(x, tau, mode, guarantee, available, price_usd, ids, sample, seed or 0)
         if strict:
-            self._check_strict(arrays[3], tau, mode, guarantee)
+            self.check_strict(arrays[3], tau, mode, guarantee)
         if type(tensor) is np.ndarray:
             return RouteBatch(*arrays)
-        return RouteBatch(*[_from_numpy(array, tensor) for array in arrays])
+        return RouteBatch(*[from_numpy(array, tensor) for array in arrays])
 
     def route(
         self,
@@ -323,7 +341,7 @@ class Router:
         """The decision for one text with what it rests on; arguments as in :meth:`route`."""
         if not isinstance(query, str):
             raise TypeError(f"query: expected a str, got {type(query).__name__}")
-        target = _to_tau(tau)
+        target = to_tau(tau)
         if not isinstance(target, float):
             raise TypeError(f"tau: expected one number, got {type(tau).__name__}")
         tau = target
@@ -339,7 +357,7 @@ class Router:
             x, tau, mode, guarantee, mask, prices
         )
         if strict:
-            self._check_strict(status, tau, mode, guarantee)
+            self.check_strict(status, tau, mode, guarantee)
         # plain floats: K is small, and NumPy's scalars cost more than the decision
         score_of: list[float] = scores[0].tolist()
         eligible = [i for i, value in enumerate(score_of) if math.isfinite(value)]
@@ -392,9 +410,9 @@ class Router:
         tokens = to_numpy(mask, "mask")
         if tokens.shape != x.shape[:2]:
             raise ValueError(f"mask: expected shape {x.shape[:2]}, got {tokens.shape}")
-        return _masked_mean(_float32(x, "tensor"), tokens)
+        return masked_mean(to_float32(x, "tensor"), tokens)
 
-    def _check_strict(
+    def check_strict(
         self, status: NDArray[np.uint8], tau: float | NDArray[np.float64], mode: Mode | None, guarantee: Guarantee
     ) -> None:
         invalid = np.flatnonzero(status == Status.INVALID)
@@ -443,7 +461,6 @@ def _build_snapshot(source: Checkpoint, encoder: _core.HashEncoder | None) -> _c
 
 
 _current: Router | None = None
-_lock = threading.Lock()
 
 
 def use(router: Router | str | os.PathLike[str]) -> Router:

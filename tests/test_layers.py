@@ -19,6 +19,8 @@ PACKAGES = {
     "proteus_server": ROOT / "server" / "proteus_server",
 }
 SUBPACKAGES = {"training", "evaluation", "experiments", "online"}
+# a module of its own layer: it needs torch, and only routing on a GPU needs it
+CUDA = "cuda"
 SERVING = {"numpy", "safetensors"}
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}
 LEARNING = {"torch", "pyarrow", "sklearn", "scipy", "matplotlib", "tqdm"}
@@ -59,15 +61,15 @@ def imports_of(source: str) -> Iterator[Import]:
 def layer_of(path: Path) -> str:
     for name, folder in PACKAGES.items():
         if path.is_relative_to(folder):
-            first = path.relative_to(folder).parts[0]
-            return f"{name}.{first}" if first in SUBPACKAGES else name
+            first = path.relative_to(folder).parts[0].removesuffix(".py")
+            return f"{name}.{first}" if first in SUBPACKAGES | {CUDA} else name
     raise ValueError(f"path: expected a file of a package, got {path}")
 
 
 def target_of(module: str) -> str:
     """The layer that an imported module belongs to; the distribution's top-level name for what is not ours."""
     first, *rest = module.split(".")
-    if first == "proteus_fast" and rest and rest[0] in SUBPACKAGES:
+    if first == "proteus_fast" and rest and rest[0] in SUBPACKAGES | {CUDA}:
         return f"{first}.{rest[0]}"
     return first
 
@@ -75,7 +77,8 @@ def target_of(module: str) -> str:
 # layer -> (what it may import anywhere, what it may import inside functions only)
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "proteus_kernels": ({"torch", "triton", "numpy"}, set()),
-    "proteus_fast": (SERVING, {"torch", "proteus_kernels", "transformers"}),
+    "proteus_fast": (SERVING, {"torch", "proteus_kernels", "proteus_fast.cuda", "transformers"}),
+    "proteus_fast.cuda": (SERVING | {"torch", "proteus_fast", "proteus_kernels"}, set()),
     "proteus_fast.training": (
         SERVING | LEARNING | {"proteus_fast", "proteus_fast.evaluation", "proteus_kernels"},
         set(),
@@ -153,6 +156,7 @@ def test_only_the_bindings_know_python() -> None:
         ("proteus_fast/router.py", "import torch"),
         ("proteus_fast/router.py", "def f():\n    from proteus_fast import training"),
         ("proteus_fast/router.py", "def f():\n    import grpc"),
+        ("proteus_fast/router.py", "from proteus_fast import cuda"),
         ("proteus_fast/cli.py", "from proteus_fast.training import train"),
         ("proteus_fast/checkpoint.py", "try:\n    import pyarrow\nexcept ImportError:\n    pass"),
         ("kernels/proteus_kernels/reference.py", "import proteus_fast"),

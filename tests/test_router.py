@@ -372,11 +372,6 @@ def test_many_threads_get_the_same_answers(router: Router, x: np.ndarray) -> Non
     assert not wrong
 
 
-def test_other_devices_are_refused() -> None:
-    with pytest.raises(ValueError, match="device: expected 'cpu'"):
-        Router.load(device="cuda")
-
-
 def test_a_router_without_a_policy_has_one_mode(plain: Router, x: np.ndarray) -> None:
     with pytest.raises(ValueError, match="mode: expected"):
         plain.route_batch(x, 0.8, mode="policy")

@@ -1,0 +1,212 @@
+"""Routers on CUDA tensors, and the operator that torch.compile keeps whole; imported with the first use of either."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from proteus_fast.certificate import Guarantee, Mode
+from proteus_fast.router import Router, by_number
+
+if TYPE_CHECKING:
+    from proteus_fast.checkpoint import Checkpoint
+    from proteus_kernels.graphs import CapturedDecide
+    from proteus_kernels.snapshot import Decisions, Snapshot
+
+_MASK64 = (1 << 64) - 1
+Answers = tuple[Any, Any, Any, Any, Any]
+
+
+def find_device(name: Any) -> torch.device:
+    """The CUDA device of that name, with its index.
+
+    Raises:
+        ValueError: no CUDA device of that name.
+    """
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = torch.device("meta")
+    if device.type != "cuda":
+        raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:N', got {name!r}")
+    devices = torch.cuda.device_count()
+    current = torch.cuda.current_device() if devices else 0
+    index = device.index if ":" in str(device) else current
+    if index >= devices:
+        raise ValueError(f"device: expected one of the {devices} CUDA devices that torch sees, got {name!r}")
+    return torch.device("cuda", index)
+
+
+def build_snapshot(source: Checkpoint, device: torch.device, precision: str) -> Snapshot:
+    """The kernels' form of a checkpoint, on ``device``."""
+    from proteus_kernels.snapshot import PathTable, Snapshot
+
+    config, certificate = source.config, source.certificate
+    paths = {}
+    for mode, entry in certificate.paths.items():
+        certified, calibrated = (certificate.tables[mode][g] for g in ("certified", "calibrated"))
+        paths[mode] = PathTable(
+            entry.path.parameter, certified.code, certified.max_index, calibrated.code, calibrated.max_index
+        )
+    return Snapshot(
+        tensors={name: np.asarray(t, np.float32) for name, t in source.tensors.items() if "encoder." not in name},
+        link=config.link,
+        head=config.head,
+        kappa=config.kappa,
+        gamma=config.gamma,
+        price_usd=config.pool.price_usd.astype(np.float32),
+        cost_unit_usd=config.cost_unit_usd,
+        key=certificate.key,
+        default_mode=config.mode,
+        dual=paths["dual"],
+        policy=paths.get("policy"),
+        device=device,
+        precision=precision,
+    )
+
+
+def warm_up(snapshot: Snapshot) -> None:
+    """Compile and load what a plain call needs, for one target and for one a row, narrow batches and wide ones."""
+    for rows in (1, snapshot.wide_rows):
+        x = torch.zeros(rows, snapshot.input_dim, device=snapshot.device)
+        snapshot.decide(x, 0.5)
+        snapshot.decide(x, torch.full((rows,), 0.5, device=snapshot.device))
+
+
+def draw_state(seed: Any, device: torch.device) -> Tensor:
+    """Seed and offset of the draws as a tensor on the device, without waiting for it; a tensor passes as it is.
+
+    Raises:
+        TypeError, ValueError: neither an integer of 64 bits nor a tensor.
+    """
+    if isinstance(seed, Tensor):
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed: expected an int or a tensor of seed and offset, got {type(seed).__name__}")
+    if not 0 <= seed <= _MASK64:
+        raise ValueError(f"seed: expected an int from 0 to {_MASK64}, got {seed}")
+    signed = int(seed) - (1 << 64) if int(seed) >> 63 else int(seed)
+    state = torch.full((2,), signed, dtype=torch.int64, device=device)
+    state[1:].zero_()
+    return state
+
+
+def _to_tau(tau: Any, place: object) -> float | Tensor:
+    if isinstance(tau, float | Tensor):
+        return tau
+    if isinstance(tau, bool) or not isinstance(tau, int | np.integer | np.floating):
+        raise TypeError(f"tau: expected a number or a tensor on {place}, got {type(tau).__name__}")
+    return float(tau)
+
+
+def _to_tensor(array: Any) -> Any:
+    """A tensor that shares the memory of a DLPack array; anything else as it is."""
+    if isinstance(array, Tensor) or not hasattr(array, "__dlpack__") or isinstance(array, np.ndarray):
+        return array
+    return torch.utils.dlpack.from_dlpack(array)
+
+
+def decide(
+    snapshot: Snapshot,
+    tensor: Tensor,
+    tau: Any,
+    *,
+    mask: Any = None,
+    available: Any = None,
+    price_usd: Any = None,
+    ids: Any = None,
+    mode: Mode | None = None,
+    guarantee: Guarantee = "certified",
+    sample: bool = False,
+    seed: Any = None,
+) -> Decisions:
+    """``Router.route_batch`` without ``strict`` for a tensor of the snapshot's device."""
+    mask, available, price_usd, ids = (_to_tensor(array) for array in (mask, available, price_usd, ids))
+    return snapshot.decide(
+        tensor.detach(), _to_tau(_to_tensor(tau), tensor.device), mask=mask, mode=mode, guarantee=guarantee,
+        available=available, price_usd=price_usd, ids=ids, state=draw_state(seed, tensor.device) if sample else None,
+    )  # fmt: skip
+
+
+def route_batch(
+    router: Router, tensor: Any, tau: Any, *, mode: Mode | None, guarantee: Guarantee, strict: bool, **arguments: Any
+) -> Answers:
+    """``Router.route_batch`` for CUDA arrays, and for every tensor while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        if strict:
+            raise ValueError("strict: expected False under torch.compile, got True")
+        return _call_operator(router, tensor, tau, mode=mode, guarantee=guarantee, **arguments)
+    x = _to_tensor(tensor)
+    answers = decide(router.on_device(x.device), x, tau, mode=mode, guarantee=guarantee, **arguments)
+    if strict:
+        target = tau.double().cpu().numpy() if isinstance(tau, Tensor) else tau
+        router.check_strict(answers.status.cpu().numpy(), target, mode, guarantee)
+    namespace = None if x is tensor else getattr(tensor, "__array_namespace__", None)
+    if namespace is None:
+        return answers
+    convert = namespace().from_dlpack
+    return tuple(convert(answer) for answer in answers)
+
+
+def capture(
+    snapshot: Snapshot, max_rows: int, dtype: Any, mode: Mode | None, guarantee: Guarantee, seed: Any
+) -> CapturedDecide:
+    """Graphs of a decision; see ``Router.capture``."""
+    from proteus_kernels.graphs import CapturedDecide
+
+    state = None if seed is None else draw_state(seed, snapshot.device)
+    return CapturedDecide(snapshot, max_rows, dtype or torch.float32, mode=mode, guarantee=guarantee, state=state)
+
+
+def _run_operator(
+    tensor: Tensor, tau: Any, number: float, mask: Any, available: Any, price_usd: Any, ids: Any, mode: Any,
+    guarantee: Any, seed: Any, seed_number: int, sample: bool, router: int,
+) -> Answers:  # fmt: skip
+    batch = by_number[router].route_batch(
+        tensor, number if tau is None else tau, mask=mask, available=available, price_usd=price_usd, ids=ids, mode=mode,
+        guarantee=guarantee, sample=sample, seed=seed_number & _MASK64 if seed is None else seed,
+    )  # fmt: skip
+    return batch.choice, batch.mu, batch.score, batch.status, batch.certified_floor
+
+
+def _shape_answers(tensor: Tensor, *_: Any) -> Answers:
+    rows = tensor.shape[:1]
+    int32, float32 = torch.int32, torch.float32
+    return (
+        tensor.new_empty(rows, dtype=int32),
+        tensor.new_empty(rows, dtype=float32),
+        tensor.new_empty(rows, dtype=float32),
+        tensor.new_empty(rows, dtype=torch.uint8),
+        tensor.new_empty(rows, dtype=float32),
+    )
+
+
+_operator = torch.library.custom_op(
+    "proteus_fast::route_batch",
+    _run_operator,
+    mutates_args=(),
+    schema=(
+        "(Tensor tensor, Tensor? tau, float number, Tensor? mask, Tensor? available, Tensor? price_usd, Tensor? ids, "
+        "str? mode, str guarantee, Tensor? seed, int seed_number, bool sample, int router) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+_operator.register_fake(_shape_answers)
+
+
+def _call_operator(
+    router: Router, tensor: Tensor, tau: Any, *, mask: Any, available: Any, price_usd: Any, ids: Any,
+    mode: Mode | None, guarantee: Guarantee, sample: bool, seed: Any,
+) -> Answers:  # fmt: skip
+    number, tau = (0.0, tau) if isinstance(tau, Tensor) else (float(tau), None)
+    words, seed = (0, seed) if isinstance(seed, Tensor) else (seed or 0, None)
+    # the operator's integers are signed
+    words = words - (1 << 64) if words >> 63 else words
+    answers: Answers = _operator(
+        tensor, tau, number, mask, available, price_usd, ids, mode, guarantee, seed, words, sample, router.number
+    )
+    return answers
