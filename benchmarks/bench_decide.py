@@ -1,6 +1,6 @@
-"""`route_batch` on a CPU beside torch eager and NumPy: `pytest benchmarks/bench_decide.py`.
+"""`route_batch` on a CPU beside torch eager, torch.compile, the reference and NumPy: D = 256, K = 11.
 
-Every group is one batch size in one mode; the answers are compared before a time counts. For D = 256, K = 11.
+`pytest benchmarks/bench_decide.py`: a group is one batch size in one mode, answers are compared before a time counts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ import torch
 from benchmarks import workload
 from proteus_fast.router import Router
 
+FORMS: dict[str, Callable[[Router, str], Callable[[Any], Any]]] = {
+    "torch_eager": workload.torch_eager,
+    "torch_compile": workload.torch_compiled,
+    "reference": workload.reference_form,
+    "numpy": workload.numpy_plain,
+}
+
 
 @pytest.fixture(scope="module")
 def router() -> Router:
@@ -24,7 +31,7 @@ def router() -> Router:
 
 @pytest.mark.parametrize("rows", [1, 256])
 @pytest.mark.parametrize("mode", ["dual", "policy"])
-@pytest.mark.parametrize("form", ["proteus_fast", "torch_eager", "numpy"])
+@pytest.mark.parametrize("form", ["proteus_fast", *FORMS])
 def test_decide(benchmark: Any, router: Router, mode: Any, rows: int, form: str) -> None:
     benchmark.group = f"decide {mode} B={rows}"
     x = workload.embeddings(rows)
@@ -32,13 +39,11 @@ def test_decide(benchmark: Any, router: Router, mode: Any, rows: int, form: str)
     ids = np.zeros(rows, np.uint64)
     expected = router.route_batch(x, workload.TAU, mode=mode, ids=ids)
     decide: Callable[[Any], Any]
-    argument: Any = x
     if form == "proteus_fast":
         decide = lambda rows: router.route_batch(rows, workload.TAU, mode=mode, ids=ids)  # noqa: E731
-    elif form == "torch_eager":
-        decide, argument = workload.torch_eager(router, mode), torch.from_numpy(x)
     else:
-        decide = workload.numpy_plain(router, mode)
+        decide = FORMS[form](router, mode)
+    argument: Any = x if form in ("proteus_fast", "numpy") else torch.from_numpy(x)
     choice, mu, score = (np.asarray(part) for part in decide(argument))
     assert np.abs(mu - expected.mu).max() < 1e-5
     assert np.abs(score - expected.score).max() < 1e-5

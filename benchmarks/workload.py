@@ -15,6 +15,7 @@ from proteus_fast.checkpoint import Checkpoint, Config
 from proteus_fast.pool import Candidate, Pool
 from proteus_fast.router import Router
 from proteus_fast.training.policy import PolicyNetwork
+from proteus_kernels import reference
 
 DIM, CANDIDATES, HIDDEN, KNOTS = 256, 11, 256, 16
 TAU = 0.85
@@ -54,23 +55,22 @@ def embeddings(rows: int) -> NDArray[np.float32]:
     return np.random.default_rng(1).standard_normal((rows, DIM)).astype(np.float32)
 
 
-def torch_eager(router: Router, mode: str) -> Callable[[torch.Tensor], Answer]:
+def torch_form(router: Router, mode: str, device: str = "cpu") -> Callable[[torch.Tensor], Answer]:
     """The same decision as an operator would write it in torch: weights ready, no checks, no certificate."""
     source = router.checkpoint
-    weights = {name: torch.from_numpy(tensor) for name, tensor in source.tensors.items()}
+    weights = {name: torch.from_numpy(tensor).to(device) for name, tensor in source.tensors.items()}
     transposed = {name: tensor.T.contiguous() for name, tensor in weights.items() if tensor.ndim == 2}
-    c = torch.from_numpy((router.pool.price_usd / source.config.cost_unit_usd).astype(np.float32))
+    c = torch.from_numpy((router.pool.price_usd / source.config.cost_unit_usd).astype(np.float32)).to(device)
     kappa, gamma = source.config.kappa, source.config.gamma
-    dual = torch.tensor([[2.0 * TAU]])
+    dual = torch.tensor([[2.0 * TAU]], device=device)
     step = router.route_batch(np.zeros((1, DIM), np.float32), TAU, ids=np.zeros(1, np.uint64))
-    fixed_mu = torch.from_numpy(step.mu)
+    fixed_mu = torch.from_numpy(step.mu).to(device)
 
-    @torch.inference_mode()
     def decide(z: torch.Tensor) -> Answer:
         p = torch.sigmoid(functional.linear(z, transposed["predictor.weight"], weights["predictor.bias"]))
         if mode == "policy":
             rows = z.shape[0]
-            x = torch.cat([z, torch.full((rows, 1), TAU), dual.expand(rows, 1)], dim=1)
+            x = torch.cat([z, torch.full((rows, 1), TAU, device=z.device), dual.expand(rows, 1)], dim=1)
             x = functional.gelu(functional.linear(x, transposed["policy.w1"], weights["policy.b1"]), approximate="tanh")
             x = x * torch.sigmoid(dual * weights["policy.gate_weight"] + weights["policy.gate_bias"])
             x = functional.gelu(functional.linear(x, transposed["policy.w2"], weights["policy.b2"]), approximate="tanh")
@@ -84,6 +84,20 @@ def torch_eager(router: Router, mode: str) -> Callable[[torch.Tensor], Answer]:
         return choice, mu, score
 
     return decide
+
+
+def torch_eager(router: Router, mode: str, device: str = "cpu") -> Callable[[torch.Tensor], Answer]:
+    """That, operation by operation."""
+    eager: Callable[[torch.Tensor], Answer] = torch.inference_mode()(torch_form(router, mode, device))
+    return eager
+
+
+def torch_compiled(router: Router, mode: str, device: str = "cpu", **options: Any) -> Callable[[torch.Tensor], Answer]:
+    """That, compiled for its shapes."""
+    compiled: Callable[[torch.Tensor], Answer] = torch.no_grad()(
+        torch.compile(torch_form(router, mode, device), dynamic=False, **options)
+    )
+    return compiled
 
 
 def numpy_plain(router: Router, mode: str) -> Callable[[NDArray[np.float32]], Answer]:
@@ -114,5 +128,27 @@ def numpy_plain(router: Router, mode: str) -> Callable[[NDArray[np.float32]], An
         scores = p + mu[:, None] * prior - (kappa * (1.0 - mu) ** gamma)[:, None] * c
         choice = scores.argmax(axis=1)
         return choice, mu, scores[np.arange(len(z)), choice]
+
+    return decide
+
+
+def reference_form(router: Router, mode: str, device: str = "cpu") -> Callable[[torch.Tensor], Answer]:
+    """The same by the functions that say what is right, in float32."""
+    source = router.checkpoint
+    tensors = {name: torch.from_numpy(tensor).to(device) for name, tensor in source.tensors.items()}
+    config = source.config
+    c = torch.from_numpy((router.pool.price_usd / config.cost_unit_usd).astype(np.float32)).to(device)
+    step = router.route_batch(np.zeros((1, DIM), np.float32), TAU, ids=np.zeros(1, np.uint64))
+    fixed_mu = torch.from_numpy(step.mu).to(device)
+    prior = tensors["policy.prior"] if mode == "policy" else torch.zeros_like(c)
+
+    @torch.inference_mode()
+    def decide(z: torch.Tensor) -> Answer:
+        p = reference.predict_ref(z, tensors, config.link)
+        mu = fixed_mu.expand(len(z))
+        if mode == "policy":
+            mu = reference.policy_ref(z, torch.full_like(mu, TAU), tensors, config.head or "").mu
+        choice, score = reference.best_candidate_ref(reference.scores_ref(p, mu, prior, c, config.kappa, config.gamma))
+        return choice, mu, score
 
     return decide

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Make a virtual environment with the package in it, on a bare Debian machine too.
-#   scripts/setup.sh VENV demo    what `make demo` needs: no torch, no pyarrow
-#   scripts/setup.sh VENV dev     what the tests and the checks need, with torch's CPU build
+#   scripts/setup.sh VENV demo        what `make demo` needs: no torch, no pyarrow
+#   scripts/setup.sh VENV dev         what the tests and the checks need, with torch's CPU build
+#   scripts/setup.sh VENV valgrind    only valgrind, for `make instructions`; VENV stays as it is
 # $PYTHON (python3) is the interpreter it is made from, $CXX (g++) the compiler.
 # Missing compiler, venv module or headers: installed with apt-get by root, named for anybody else.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage="usage: scripts/setup.sh VENV demo|dev"
+usage="usage: scripts/setup.sh VENV demo|dev|valgrind"
 venv=$(realpath -m "${1:?$usage}")
 profile=${2:?$usage}
 python=${PYTHON:-python3}
@@ -34,6 +35,7 @@ has_headers() {
 # the Debian packages that are missing, one per line; the interpreter's own where it is Debian's
 missing_packages() {
     has_compiler || echo g++
+    [ "$profile" != valgrind ] || command -v valgrind >/dev/null || echo valgrind
     if ! has_python; then
         printf '%s\n' python3 python3-venv python3-dev
         return
@@ -80,10 +82,11 @@ install_torch() {
         fail "torch: expected $pin from pip's own sources or from download.pytorch.org, got it from neither"
 }
 
-case $profile in demo | dev) ;; *) fail "$usage" ;; esac
+case $profile in demo | dev | valgrind) ;; *) fail "$usage" ;; esac
 if has_python; then check_python_version; fi
 install_system_packages
 check_python_version
+[ "$profile" != valgrind ] || exit 0
 
 if [ ! -x "$venv/bin/pip" ]; then
     say "making $venv with $("$python" --version)"

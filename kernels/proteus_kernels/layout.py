@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ def _padded_layer(n: int) -> int:
     return 0 if n == 0 else min(power_of_two(n, DEPTH), padded(n, 256))
 
 
-@dataclass(frozen=True)
+# compared by identity, which is what a launch can afford: ``pack`` makes one object of each shape
+@dataclass(frozen=True, eq=False)
 class Layout:
     """A plain class of ints, so that two routers of one shape share their compiled kernels.
 
@@ -78,6 +80,11 @@ class Layout:
     knots_tau: int
     knots_dual: int
     knots_mu: int
+
+
+@cache
+def _shared_layout(numbers: tuple[int, ...]) -> Layout:
+    return Layout(*numbers)
 
 
 def pack(
@@ -137,7 +144,6 @@ def pack(
         add_vector("b3", tensors["policy.b3"], 2)
         for name in ("knots_tau", "knots_dual", "knots_mu"):
             add_vector(name, tensors[f"policy.{name}"], knots)
-    names = [name for name in Layout.__dataclass_fields__ if name not in place]
     sizes = {
         "dim": dim, "width": width, "hidden": hidden, "candidates": candidates, "knots": knots,
         "sigmoid": int(link == "sigmoid"), "residual": int(head == "residual"), "padded_dim": padded(dim, DEPTH),
@@ -145,5 +151,5 @@ def pack(
         "padded_width": padded_width, "padded_hidden": padded_hidden, "padded_candidates": padded_candidates,
         "span": max(padded_width, padded_hidden),
     }  # fmt: skip
-    layout = Layout(**{name: sizes.get(name, 0) for name in names}, **place)
-    return layout, torch.cat(matrices), torch.cat(vectors)
+    numbers = tuple((sizes | place).get(name, 0) for name in Layout.__dataclass_fields__)
+    return _shared_layout(numbers), torch.cat(matrices), torch.cat(vectors)
