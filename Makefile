@@ -11,7 +11,7 @@ CXX_FILES := $(wildcard csrc/*.[ch]pp tests/native/*.[ch]pp benchmarks/native/*.
 PACKAGE := pyproject.toml README.md LICENSE constraints/cpu.txt scripts/setup.sh CMakeLists.txt CMakePresets.json \
 	$(wildcard csrc/*) $(shell find proteus_fast kernels server -type f -not -path '*/__pycache__/*')
 
-.PHONY: help demo test verify instructions checkpoint lint format wheel clean native-asan native-tsan
+.PHONY: help demo test verify bench instructions checkpoint lint format wheel clean native-asan native-tsan
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,6 +36,9 @@ native-asan native-tsan: native-%: $(VENV)/.dev
 	PATH="$(BIN):$$PATH" cmake --preset $* -B $(VENV)/native-$*
 	PATH="$(BIN):$$PATH" cmake --build $(VENV)/native-$*
 	PATH="$(BIN):$$PATH" ctest --test-dir $(VENV)/native-$* --output-on-failure --no-tests=error
+
+bench: $(VENV)/.dev  ## every path beside its baselines, in one run (ARGS="-k decide")
+	$(BIN)/pytest benchmarks --benchmark-columns=min,median $(ARGS)
 
 instructions: $(VENV)/.dev  ## instructions of the native core beside the recorded counts (ARGS=--record)
 	scripts/setup.sh $(VENV) valgrind

@@ -22,6 +22,8 @@ FORMS: dict[str, Callable[[Router, str], Callable[[Any], Any]]] = {
     "numpy": workload.numpy_plain,
 }
 
+MINIMA: dict[tuple[str, int, str], float] = {}
+
 
 @pytest.fixture(scope="module")
 def router() -> Router:
@@ -49,3 +51,14 @@ def test_decide(benchmark: Any, router: Router, mode: Any, rows: int, form: str)
     assert np.abs(score - expected.score).max() < 1e-5
     assert (choice == expected.choice).mean() > 0.99
     benchmark(decide, argument)
+    if benchmark.stats is not None:
+        MINIMA[mode, rows, form] = benchmark.stats.stats.min
+
+
+def test_one_row_is_eight_times_as_fast_as_torch_eager() -> None:
+    """The bar is a ratio within this run: minima of the policy's decision for one row."""
+    pair = [MINIMA.get(("policy", 1, form)) for form in ("torch_eager", "proteus_fast")]
+    if None in pair:
+        pytest.skip("needs both forms timed in this run")
+    eager, ours = pair
+    assert eager / ours >= 8.0
