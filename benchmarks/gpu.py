@@ -11,6 +11,7 @@ a test is red or a section failed.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,9 @@ def machine() -> str:
 def agreement() -> str:
     """The tests of the kernels, on the device."""
     command = [sys.executable, "-I", "-m", "pytest", "-q", "-m", "not verify", "tests/kernels", "tests/test_cuda.py"]
+    if find_spec("xdist"):
+        # nearly all of the time is compiling: hundreds of small routers' kernels
+        command += ["-n", str(os.cpu_count())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout[-6000:])

@@ -62,7 +62,13 @@ class CapturedDecide:
             if state is not None:
                 state[1:].add_(bucket)
 
+        start = None if state is None else state.clone()
         self._replay = [_capture(decide, bucket, device) for bucket in buckets]
+        if state is not None and start is not None:
+            # what was run to prepare the captures has drawn too
+            state.copy_(start)
+        # views of the first rows of each buffer, made once for every number of rows that comes
+        self._windows: dict[int, tuple[Tensor, Tensor, Decisions]] = {}
 
     def run(self, x: Tensor, tau: float | Tensor) -> Decisions:
         """Decide up to ``max_rows`` rows on the current stream.
@@ -85,22 +91,27 @@ class CapturedDecide:
             raise TypeError(f"tensor: expected a floating dtype, got {x.dtype}")
         if not 1 <= rows <= self.max_rows:
             raise ValueError(f"tensor: expected 1 to {self.max_rows} rows, got {rows}")
+        window = self._windows.get(rows)
+        if window is None:
+            window = self._x[:rows], self._tau[:rows], Decisions(*(part[:rows] for part in self._out))
+            self._windows[rows] = window
+        x_window, tau_window, answers = window
         if isinstance(tau, Tensor):
             if tau.device != device or not tau.dtype.is_floating_point or tau.shape not in ((rows,), ()):
                 raise ValueError(
                     f"tau: expected floats of shape ({rows},) on {device}, got {tau.dtype} of shape "
                     f"{tuple(tau.shape)} on {tau.device}"
                 )
-            self._tau[:rows].copy_(tau)
+            tau_window.copy_(tau)
             self._tau_number = None
         elif not 0.0 <= tau <= 1.0:
             raise ValueError(f"tau: expected a number in [0, 1], got {tau}")
         elif tau != self._tau_number:
             self._tau.fill_(tau)
             self._tau_number = tau
-        self._x[:rows].copy_(x)
+        x_window.copy_(x)
         self._replay[_bucket_index(rows)]()
-        return Decisions(*(part[:rows] for part in self._out))
+        return answers
 
 
 def _bucket_index(rows: int) -> int:

@@ -234,7 +234,7 @@ class Snapshot:
         else:
             if not 0.0 <= tau <= 1.0:
                 raise ValueError(f"tau: expected a number in [0, 1], got {tau}")
-            tau_number, grid_index = tau, max(int(np.ceil(tau * TAU_STEPS - 1e-3)), 0)
+            tau_number, grid_index = float(tau), max(int(np.ceil(tau * TAU_STEPS - 1e-3)), 0)
         available_stride = price_stride = 0
         per_row = ((layout.candidates,), (rows, layout.candidates))
         if available is not None:

@@ -59,7 +59,6 @@ def test_replays_draw_fresh_numbers_of_the_one_stream(router: RandomRouter) -> N
     snapshot, x = build(router), rows_of(16, 4)
     state = on_device(np.array([5, 0], np.int64))
     captured = CapturedDecide(snapshot, 16, mode="policy", state=state)
-    state.copy_(on_device(np.array([5, 0], np.int64)))
     runs = [captured.run(x, 0.5).mu.clone() for _ in range(3)]
     assert state.tolist() == [5, 48]
     for index, mu in enumerate(runs):
