@@ -1,11 +1,11 @@
 """Every figure that needs a GPU, in one run: agreement first, then times, then what else was tried.
 
-python benchmarks/gpu.py [--out benchmarks/results]
+python benchmarks/gpu.py [--out benchmarks/results] [--only SECTION ...] [--skip-tests]
 
-Runs the tests of the kernels on the GPU; a red test ends the run without a figure. Then writes gpu-NAME.md beside the
-budgets: device time by graph replays, host time of a call, torch eager and torch.compile in the same run, the share of
-the copy bandwidth, tiles and pooling by the sizes that choose between them, a profile of one call. Exit status 1 where
-a test is red or a section failed.
+Runs the tests of the kernels on the GPU; a red test ends the run without a figure. Then writes gpu-NAME.md section by
+section, so that a run which is cut short leaves what it had: device time by graph replays and host time of a call
+beside the budgets, torch eager and torch.compile in the same run, the share of the copy bandwidth, tiles and pooling by
+the sizes that choose between them, a profile of one call. Exit status 1 where a test is red or a section failed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,11 +82,15 @@ def machine() -> str:
 
 def agreement() -> str:
     """The tests of the kernels, on the device."""
-    command = [sys.executable, "-I", "-m", "pytest", "-q", "-m", "not verify", "tests/kernels", "tests/test_cuda.py"]
+    # a warning of some other release of some library is no reason for going home without figures
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-m", "not verify"]
+    command += ["tests/kernels", "tests/test_cuda.py"]
     if find_spec("xdist"):
         # nearly all of the time is compiling: hundreds of small routers' kernels
         command += ["-n", str(os.cpu_count())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # the checkout's folder must not hide the installed package
+    environment = os.environ | {"PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(done.stdout[-6000:])
     return f"`pytest -m 'not verify' tests/kernels tests/test_cuda.py`: {done.stdout.strip().splitlines()[-1]}"
@@ -187,7 +191,11 @@ def tiles() -> str:
             x = torch.from_numpy(workload.embeddings(batch)).cuda()
             for shape in shapes:
                 snapshot.choose_tile = lambda *_, shape=shape: snapshot.Tile(*shape)
-                rows.append([batch, str(shape), device_us(lambda x=x: place.decide(x, TAU, mode="policy"))])
+                try:
+                    took: float | str = device_us(lambda x=x: place.decide(x, TAU, mode="policy"))
+                except Exception as error:
+                    took = type(error).__name__
+                rows.append([batch, str(shape), took])
     finally:
         snapshot.choose_tile = chosen
     return table(["B", "rows, depth, columns, warps", "device, us"], rows)
@@ -233,33 +241,44 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-def write_sections() -> Iterator[str]:
-    for title, section in SECTIONS.items():
-        try:
-            body = section()
-        except Exception:
-            # the other sections are still worth their time
-            body = f"FAILED\n\n```\n{traceback.format_exc()}```"
-        yield f"## {title}\n\n{body}\n"
+def run_section(title: str) -> str:
+    try:
+        body = SECTIONS[title]()
+    except Exception:
+        # the other sections are still worth their time
+        body = f"FAILED\n\n```\n{traceback.format_exc()}```"
+    return f"\n## {title}\n\n{body}\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
+    parser.add_argument("--skip-tests", action="store_true", help="where they were green a moment ago")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a CUDA device, got none")
     try:
-        agreed = agreement()
+        agreed = "tests skipped" if options.skip_tests else agreement()
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
-    text = f"# {machine()}\n\n`python benchmarks/gpu.py`\n\n{agreed}\n\n" + "\n".join(write_sections())
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"gpu-{name}.md").write_text(text)
-    print(text)
-    return 1 if "\nFAILED\n" in text else 0
+    failed = False
+    with (options.out / f"gpu-{name}.md").open("w") as file:
+
+        def write(text: str) -> None:
+            for stream in (file, sys.stdout):
+                stream.write(text)
+                stream.flush()
+
+        write(f"# {machine()}\n\n`python benchmarks/gpu.py {' '.join(sys.argv[1:])}`\n\n{agreed}\n")
+        for title in options.only:
+            text = run_section(title)
+            failed |= "\nFAILED\n" in text
+            write(text)
+    return int(failed)
 
 
 if __name__ == "__main__":

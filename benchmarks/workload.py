@@ -93,7 +93,8 @@ def torch_eager(router: Router, mode: str, device: str = "cpu") -> Callable[[tor
 
 
 def torch_compiled(router: Router, mode: str, device: str = "cpu", **options: Any) -> Callable[[torch.Tensor], Answer]:
-    """That, compiled for its shapes."""
+    """That, compiled for its shapes alone: what was compiled for others would be asked for first."""
+    torch.compiler.reset()
     compiled: Callable[[torch.Tensor], Answer] = torch.no_grad()(
         torch.compile(torch_form(router, mode, device), dynamic=False, **options)
     )

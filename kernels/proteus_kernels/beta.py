@@ -9,9 +9,6 @@ from torch import Tensor
 
 from proteus_kernels.launch import check_cuda, launch
 
-_TRIES = tl.constexpr(16)
-_LOG4 = tl.constexpr(1.3862943611198906)
-
 
 @triton.jit
 def draw_beta(conc1, conc0, seed, row, live):
@@ -31,14 +28,14 @@ def draw_beta(conc1, conc0, seed, row, live):
     high = (row.to(tl.uint64) >> 32).to(tl.uint32)
     waiting = live
     attempt = 0
-    # the loop stays rolled and ends with its last waiting row
-    while (attempt < _TRIES) & (tl.max(waiting.to(tl.int32), axis=0) > 0):
+    # sixteen tries; the loop stays rolled and ends with its last waiting row
+    while (attempt < 16) & (tl.max(waiting.to(tl.int32), axis=0) > 0):
         word1, word2, _, _ = tl.philox(seed, low, high, attempt, 0)
         u1 = ((word1 >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07
         u2 = ((word2 >> 9).to(tl.float64) + 0.5) * 1.1920928955078125e-07
         v = beta * tl.log(u1 / (1.0 - u1))
         w = conc1 * tl.exp(v)
-        accept = gamma * v - _LOG4 + total * tl.log(total / (conc0 + w)) >= tl.log(u1 * u1 * u2)
+        accept = gamma * v - 1.3862943611198906 + total * tl.log(total / (conc0 + w)) >= tl.log(u1 * u1 * u2)
         drawn = tl.where(waiting & accept, w / (conc0 + w), drawn)
         waiting = waiting & (accept == 0)
         attempt += 1

@@ -10,21 +10,6 @@ from proteus_kernels.mixing import cheaper_side, column_terms, id_terms
 from proteus_kernels.pooling import mean_of_tokens
 from proteus_kernels.scoring import best_candidate_of, cost_weight
 
-FEASIBLE = tl.constexpr(1)
-UNCERTIFIED = tl.constexpr(3)
-INVALID = tl.constexpr(4)
-_NAN = tl.constexpr(float("nan"))
-_INFINITY = tl.constexpr(float("inf"))
-# places in the words of a snapshot
-_KAPPA = tl.constexpr(0)
-_GAMMA = tl.constexpr(1)
-_COST_UNIT = tl.constexpr(2)
-_KEY = tl.constexpr(3)
-# places in a path's table: step code, status and floor of each grid target, then parameter, dual, logit of each vertex
-_STATUS = tl.constexpr(1001)
-_FLOOR = tl.constexpr(2002)
-_VERTICES = tl.constexpr(3003)
-
 
 @triton.jit
 def _gelu(x):
@@ -162,7 +147,8 @@ def _prefer(
     do_not_specialize=[
         "rows", "tokens", "vertices", "tau_stride", "tau", "grid_index", "available_stride", "price_stride",
         "uncertified",
-    ]
+    ],
+    do_not_specialize_on_alignment=["tau_ptr", "available_ptr", "price_ptr", "ids_ptr", "mask_ptr", "state_ptr"],
 )  # fmt: skip
 def decide_kernel(
     x_ptr, x_stride, rows, hidden_ptr, token_stride, mask_ptr, mask_stride, tokens,
@@ -176,6 +162,14 @@ def decide_kernel(
 
     With ``hidden_ptr`` there is one row, and it is pooled into ``x_ptr`` first.
     """
+    FEASIBLE: tl.constexpr = 1
+    UNCERTIFIED: tl.constexpr = 3
+    INVALID: tl.constexpr = 4
+    # places in a path's table: step codes of the grid's targets, then status and floor of each, then of each vertex
+    # parameter, dual and logit
+    STATUS: tl.constexpr = 1001
+    FLOOR: tl.constexpr = 2002
+    VERTICES: tl.constexpr = 3003
     if hidden_ptr is not None:
         for first in range(0, LAYOUT.dim, 512):
             column = first + tl.arange(0, 512)
@@ -221,7 +215,7 @@ def decide_kernel(
         k = start + tl.arange(0, SCAN)
         inside = live[:, None] & (k < LAYOUT.dim)[None, :]
         x = tl.load(x_ptr + row[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        broken |= ((tl.abs(x) < _INFINITY) == 0).to(tl.int32)
+        broken |= ((tl.abs(x) < float("inf")) == 0).to(tl.int32)
         if (table_ptr is not None) and (ids_ptr is None):
             terms += tl.where((k < LAYOUT.dim)[None, :], column_terms(x, k[None, :]), 0)
     valid = valid & (tl.max(broken, axis=1) == 0)
@@ -231,7 +225,7 @@ def decide_kernel(
     # the step that serves the target, the side of it that serves the row
     restricted = (count < LAYOUT.candidates) | (uncertified != 0)
     status = tl.where(restricted, UNCERTIFIED, FEASIBLE)
-    floor = tl.full([BLOCK_B], _NAN, tl.float32)
+    floor = tl.full([BLOCK_B], float("nan"), tl.float32)
     dual = tl.zeros([BLOCK_B], tl.float64)
     start_logit = tl.zeros([BLOCK_B], tl.float64)
     if table_ptr is not None:
@@ -240,12 +234,12 @@ def decide_kernel(
             total = id_terms(tl.load(ids_ptr + row, mask=live, other=0).to(tl.uint64, bitcast=True))
         else:
             total = tl.sum(terms, axis=1)
-        key = tl.load(words_ptr + _KEY).to(tl.uint64, bitcast=True)
+        key = tl.load(words_ptr + 3).to(tl.uint64, bitcast=True)
         vertex = (code >> 4) + cheaper_side(total, key, code)
-        vertex_ptr = table_ptr + _VERTICES + vertex
+        vertex_ptr = table_ptr + VERTICES + vertex
         parameter = tl.load(vertex_ptr).to(tl.float32, bitcast=True).to(tl.float64)
-        status = tl.where(restricted, UNCERTIFIED, tl.load(table_ptr + _STATUS + grid))
-        floor = tl.where(restricted, floor, tl.load(table_ptr + _FLOOR + grid).to(tl.float32, bitcast=True))
+        status = tl.where(restricted, UNCERTIFIED, tl.load(table_ptr + STATUS + grid))
+        floor = tl.where(restricted, floor, tl.load(table_ptr + FLOOR + grid).to(tl.float32, bitcast=True))
         if POLICY:
             dual = tl.load(vertex_ptr + vertices).to(tl.float32, bitcast=True).to(tl.float64)
             start_logit = tl.load(vertex_ptr + 2 * vertices).to(tl.float32, bitcast=True).to(tl.float64)
@@ -256,7 +250,8 @@ def decide_kernel(
             dual = _interpolate(target, knots_ptr, vectors_ptr + LAYOUT.knots_dual, LAYOUT.knots)
             if LAYOUT.residual:
                 knot = _interpolate(target, knots_ptr, vectors_ptr + LAYOUT.knots_mu, LAYOUT.knots)
-                knot = tl.minimum(tl.maximum(knot, 1e-4), 0.9999)
+                # not by minimum and maximum, whose bounds Triton 3.6 rounds to float32
+                knot = tl.where(knot > 0.9999, 0.9999, tl.where(knot < 1e-4, 1e-4, knot))
                 start_logit = tl.log(knot / (1.0 - knot))
 
     # the embedding, the predicted accuracies
@@ -277,7 +272,7 @@ def decide_kernel(
         # infinities become NaN, which no score survives
         p = _sigmoid(p) + (p - p)
     else:
-        p = tl.where(p == p, tl.minimum(tl.maximum(p, 0.0), 1.0), _NAN)
+        p = tl.where(p == p, tl.minimum(tl.maximum(p, 0.0), 1.0), float("nan"))
 
     # the preference
     if POLICY:
@@ -285,6 +280,10 @@ def decide_kernel(
         dual32 = dual.to(tl.float32)
         out1, out2 = _prefer(z_ptr, z_stride, row, z_live, parameter32, dual32, matrices_ptr, vectors_ptr, scratch_ptr,
                              LAYOUT, BLOCK_B, BLOCK_K, BLOCK_N)  # fmt: skip
+        # a minimum would make a number of NaN further down
+        valid = valid & (out1 == out1)
+        if SAMPLE or not LAYOUT.residual:
+            valid = valid & (out2 == out2)
         first = out1.to(tl.float64)
         second = out2.to(tl.float64)
         if LAYOUT.residual:
@@ -306,18 +305,18 @@ def decide_kernel(
     valid = valid & (mu >= 0.0) & (mu <= 1.0)
 
     # the scores and the best of them
-    unit = tl.load(words_ptr + _COST_UNIT).to(tl.float64, bitcast=True)
+    unit = tl.load(words_ptr + 2).to(tl.float64, bitcast=True)
     if price_ptr is not None:
         price = tl.load(
             price_ptr + row[:, None] * price_stride + candidate[None, :], mask=live[:, None] & real[None, :], other=0.0
         ).to(tl.float32)  # fmt: skip
-        fits = (price >= 0.0) & (price < _INFINITY)
+        fits = (price >= 0.0) & (price < float("inf"))
         valid = valid & (tl.min(fits.to(tl.int32), axis=1) > 0)
         cost = (price.to(tl.float64) / unit).to(tl.float32)
     else:
         cost = tl.load(vectors_ptr + LAYOUT.cost + candidate)[None, :]
-    kappa = tl.load(words_ptr + _KAPPA).to(tl.float64, bitcast=True)
-    gamma = tl.load(words_ptr + _GAMMA).to(tl.float64, bitcast=True)
+    kappa = tl.load(words_ptr).to(tl.float64, bitcast=True)
+    gamma = tl.load(words_ptr + 1).to(tl.float64, bitcast=True)
     score = p
     if POLICY:
         score += mu[:, None] * tl.load(vectors_ptr + LAYOUT.prior + candidate)[None, :]
@@ -326,7 +325,7 @@ def decide_kernel(
     valid = valid & found
 
     tl.store(choice_ptr + row, tl.where(valid, choice, -1), mask=live)
-    tl.store(mu_ptr + row, tl.where(valid, mu, _NAN), mask=live)
-    tl.store(score_ptr + row, tl.where(valid, best, _NAN), mask=live)
+    tl.store(mu_ptr + row, tl.where(valid, mu, float("nan")), mask=live)
+    tl.store(score_ptr + row, tl.where(valid, best, float("nan")), mask=live)
     tl.store(status_ptr + row, tl.where(valid, status, INVALID).to(tl.uint8), mask=live)
-    tl.store(floor_ptr + row, tl.where(valid, floor, _NAN), mask=live)
+    tl.store(floor_ptr + row, tl.where(valid, floor, float("nan")), mask=live)

@@ -11,6 +11,7 @@ from proteus_kernels.launch import INTERPRETED
 from proteus_kernels.snapshot import FLOATS, Decisions, Snapshot
 
 SMALLEST_BUCKET = 16
+MOST_WINDOWS = 256
 
 
 class CapturedDecide:
@@ -48,11 +49,14 @@ class CapturedDecide:
         self._snapshot = snapshot
         buckets = [SMALLEST_BUCKET << i for i in range(_bucket_index(max_rows) + 1)]
         top, device = buckets[-1], snapshot.device
-        self._x = torch.zeros(top, snapshot.input_dim, dtype=dtype, device=device)
-        self._tau = torch.zeros(top, dtype=torch.float64, device=device)
+        floats = max(snapshot.scratch_floats(bucket, mode) for bucket in buckets)
+        # buffers made in inference mode could not be written outside it
+        with torch.inference_mode(False):
+            self._x = torch.zeros(top, snapshot.input_dim, dtype=dtype, device=device)
+            self._tau = torch.zeros(top, dtype=torch.float64, device=device)
+            self._out = Decisions.empty(top, device)
+            scratch = torch.empty(floats, dtype=torch.float32, device=device)
         self._tau_number: float | None = 0.0
-        self._out = Decisions.empty(top, device)
-        scratch = torch.empty(max(snapshot.scratch_floats(b, mode) for b in buckets), device=device)
 
         def decide(bucket: int) -> None:
             snapshot.decide(
@@ -67,7 +71,7 @@ class CapturedDecide:
         if state is not None and start is not None:
             # what was run to prepare the captures has drawn too
             state.copy_(start)
-        # views of the first rows of each buffer, made once for every number of rows that comes
+        # views of the first rows of each buffer, made once for each number of rows that comes
         self._windows: dict[int, tuple[Tensor, Tensor, Decisions]] = {}
 
     def run(self, x: Tensor, tau: float | Tensor) -> Decisions:
@@ -93,6 +97,8 @@ class CapturedDecide:
             raise ValueError(f"tensor: expected 1 to {self.max_rows} rows, got {rows}")
         window = self._windows.get(rows)
         if window is None:
+            if len(self._windows) == MOST_WINDOWS:
+                self._windows.clear()
             window = self._x[:rows], self._tau[:rows], Decisions(*(part[:rows] for part in self._out))
             self._windows[rows] = window
         x_window, tau_window, answers = window
@@ -102,14 +108,14 @@ class CapturedDecide:
                     f"tau: expected floats of shape ({rows},) on {device}, got {tau.dtype} of shape "
                     f"{tuple(tau.shape)} on {tau.device}"
                 )
-            tau_window.copy_(tau)
+            tau_window.copy_(tau.detach())
             self._tau_number = None
         elif not 0.0 <= tau <= 1.0:
             raise ValueError(f"tau: expected a number in [0, 1], got {tau}")
         elif tau != self._tau_number:
             self._tau.fill_(tau)
             self._tau_number = tau
-        x_window.copy_(x)
+        x_window.copy_(x.detach())
         self._replay[_bucket_index(rows)]()
         return answers
 
@@ -130,6 +136,7 @@ def _capture(decide: Callable[[int], None], bucket: int, device: torch.device) -
             decide(bucket)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # torch's own capture stream belongs to the device that captured first; other threads' calls go on meanwhile
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             decide(bucket)
     return graph.replay

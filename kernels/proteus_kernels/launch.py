@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor
 # set before Triton is imported, it runs kernels on the CPU: that is how they are tested without a GPU
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+_lock = threading.Lock()
+
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> Any:
     """Start a kernel on the current stream of ``device``; nothing is waited for."""
@@ -21,7 +24,9 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
         return kernel[grid](*arguments, **options)
     # contraction is Triton 3.6's default and 3.9's with a warning
     options.setdefault("enable_fp_fusion", True)
-    with nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+    place = nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    # a kernel's first launch, which loads it, is not safe from two threads
+    with place, _lock:
         return kernel[grid](*arguments, **options)
 
 

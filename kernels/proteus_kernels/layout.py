@@ -110,7 +110,7 @@ def pack(
         matrices.append(block.flatten())
 
     def add_vector(name: str, values: Tensor, size: int) -> None:
-        block = torch.zeros(padded(size, 16))
+        block = torch.zeros(padded(size, 16), dtype=torch.float32)
         block[: values.numel()] = values.flatten()
         place[name] = sum(v.numel() for v in vectors)
         vectors.append(block)

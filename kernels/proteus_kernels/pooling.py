@@ -16,7 +16,6 @@ from proteus_kernels.launch import check_cuda, launch
 from proteus_kernels.layout import power_of_two
 
 LANES = 8
-_LANES = tl.constexpr(LANES)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,11 +34,12 @@ def mean_of_tokens(
 
     The pointers are the row's; mask_ptr is None where every token counts. A token that does not count is not read.
     """
-    lane = tl.arange(0, _LANES)
-    total = tl.zeros([_LANES, BLOCK_D], tl.float32)
-    count = tl.zeros([_LANES], tl.int32)
+    LANES: tl.constexpr = 8
+    lane = tl.arange(0, LANES)
+    total = tl.zeros([LANES, BLOCK_D], tl.float32)
+    count = tl.zeros([LANES], tl.int32)
     # several groups of tokens in flight: each waits for its mask, then for its states
-    for start in tl.range(0, tokens, _LANES, loop_unroll_factor=4):
+    for start in tl.range(0, tokens, LANES, loop_unroll_factor=4):
         token = (start + lane).to(tl.int64)
         live = token < tokens
         if mask_ptr is not None:
@@ -52,7 +52,7 @@ def mean_of_tokens(
     return tl.div_rn(total, tl.zeros_like(total) + tl.maximum(tl.sum(count), 1).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["mask_row_stride", "tokens"])
+@triton.jit(do_not_specialize=["mask_row_stride", "tokens"], do_not_specialize_on_alignment=["mask_ptr"])
 def _masked_mean_kernel(
     hidden_ptr, row_stride, token_stride, mask_ptr, mask_row_stride, mask_token_stride, pooled_ptr, tokens,
     D: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -10,17 +10,16 @@ from torch import Tensor
 from proteus_kernels.launch import check_cuda, launch
 from proteus_kernels.layout import power_of_two
 
-_INFINITY = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 ROWS = 16
 
 
 @triton.jit
 def cost_weight(mu, kappa, gamma):
     """kappa (1 - mu)^gamma, float32 from float32 mu; in float64 as in the core, since kappa may be large."""
-    # log2(0) at mu = 1 would be -inf; with gamma >= 2 the bound underflows to a weight of 0
-    away = tl.maximum(1.0 - mu.to(tl.float64), 1e-300)
-    return (kappa * tl.exp2(gamma * tl.log2(away))).to(tl.float32)
+    away = 1.0 - mu.to(tl.float64)
+    # log2(0) at mu = 1 would be -inf, and 0 times that no number
+    power = tl.exp2(gamma * tl.log2(tl.where(away > 0.0, away, 1.0)))
+    return tl.where(away > 0.0, kappa * power, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -30,15 +29,18 @@ def best_candidate_of(score, eligible, candidate, COUNT: tl.constexpr):
     score is (BLOCK_B, COUNT) float32, eligible a mask of that shape, candidate arange(COUNT). A row has none where no
     candidate is eligible or an eligible score is not finite.
     """
-    finite = tl.abs(score) < _INFINITY
+    finite = tl.abs(score) < float("inf")
     overflown = eligible & (finite == 0)
-    score = tl.where(eligible & finite, score, -_INFINITY)
+    score = tl.where(eligible & finite, score, -float("inf"))
     best = tl.max(score, axis=1)
     choice = tl.min(tl.where(score == best[:, None], candidate[None, :], COUNT), axis=1)
-    return choice, best, (tl.max(overflown.to(tl.int32), axis=1) == 0) & (best > -_INFINITY)
+    return choice, best, (tl.max(overflown.to(tl.int32), axis=1) == 0) & (best > -float("inf"))
 
 
-@triton.jit(do_not_specialize=["c_stride", "available_stride", "rows"])
+@triton.jit(
+    do_not_specialize=["c_stride", "available_stride", "rows"],
+    do_not_specialize_on_alignment=["available_ptr", "mu_ptr"],
+)
 def _best_candidate_kernel(
     p_ptr, mu_ptr, b_ptr, c_ptr, c_stride, available_ptr, available_stride, choice_ptr, score_ptr, rows,
     kappa_ptr, K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -57,7 +59,7 @@ def _best_candidate_kernel(
     score = p + mu[:, None] * b[None, :] - weight[:, None] * c
     choice, best, found = best_candidate_of(score, live, k, BLOCK_K)
     tl.store(choice_ptr + row, tl.where(found, choice, -1), mask=row < rows)
-    tl.store(score_ptr + row, tl.where(found, best, _NAN), mask=row < rows)
+    tl.store(score_ptr + row, tl.where(found, best, float("nan")), mask=row < rows)
 
 
 def best_candidate(

@@ -19,8 +19,8 @@ from proteus_kernels.layout import TAU_STEPS, pack, padded
 from proteus_kernels.pooling import check_mask, columns_together, masked_mean
 
 FEASIBLE, INFEASIBLE, UNCERTIFIED, INVALID = 1, 2, 3, 4
+# of rows, targets and prices: whatever the caller computes with
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# targets and prices are few: whatever the caller computes with
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -67,7 +67,7 @@ class Tile(NamedTuple):
 
 
 # Narrow tiles leave more of them for the multiprocessors, wide ones read the weights less often. The warps are those
-# at which no variant spills (benchmarks/resources.py).
+# at which nothing spills on sm_90 (benchmarks/resources.py).
 NARROW_POLICY = Tile(16, 32, 256, 8)
 NARROW_DUAL = Tile(16, 32, 256, 4)
 WIDE = Tile(32, 32, 128, 8)
@@ -141,6 +141,7 @@ class Snapshot:
         cost = torch.from_numpy((price_usd.astype(np.float64) / cost_unit_usd).astype(np.float32))
         self.layout, matrices, vectors = pack(on_cpu, cost, link, head, PRECISIONS[precision])
         self._matrices, self._vectors = matrices.to(device), vectors.to(device)
+        # in the order in which the kernel reads them
         words = struct.unpack("<4q", struct.pack("<dddQ", kappa, gamma, cost_unit_usd, key))
         self._words = torch.tensor(words, dtype=torch.int64, device=device)
         self._tables: dict[tuple[str, str], Tensor] = {}

@@ -10,10 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from proteus_fast import _core
 from proteus_kernels.snapshot import Snapshot
 from tests.core.routers import FEASIBLE, INVALID, UNCERTIFIED, PathTable, RandomRouter, decide_ref, random_router
-from tests.core.test_engine import TIE, TOLERANCE, random_call
+from tests.core.test_engine import TOLERANCE, random_call
 from tests.kernels.snapshots import DEVICE, build, decide, on_device
 
 # the largest error of a score where matrix products are rounded to bfloat16
@@ -191,6 +190,37 @@ def test_bad_values_spoil_their_own_row_only() -> None:
     assert got.score[0] == got.score[7]
 
 
+@pytest.mark.parametrize("head", ["residual", "free"])
+def test_a_policy_that_overflows_is_invalid(head: str) -> None:
+    """Finite rows, predictions that stand, and no preference: as in the core, not a cheap answer."""
+    router = plain_router(head=head)
+    router.tensors["policy.w1"][:8] *= 1e3
+    router.tensors["predictor.weight"][:] *= 1e-38
+    x = (np.random.default_rng(0).standard_normal((24, 8)) * 1e37).astype(np.float32)
+    core = router.build().route(x, 0.5, "policy")
+    got = decide(build(router), x, {"tau": 0.5, "mode": "policy"})
+    assert (core[3] == INVALID).any()
+    np.testing.assert_array_equal(got.status.numpy(), core[3])
+    np.testing.assert_array_equal(got.choice.numpy(), core[0])
+
+
+def test_a_small_gamma_at_mu_one_costs_nothing() -> None:
+    table = PathTable(np.ones(1, np.float32), *[np.zeros(1001, np.int32), 1000] * 2)
+    router = plain_router(default_mode="dual", dual=table, gamma=0.05)
+    assert_parity(router, build(router), ROW, {"tau": 0.5, "price_usd": np.array([1.0, 2.0, 3.0, 1e3])})
+
+
+def test_torchs_default_dtype_changes_nothing() -> None:
+    router = plain_router()
+    expected = decide(build(router), ROW, {"tau": 0.5})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = decide(build(router), ROW, {"tau": 0.5})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got.score, expected.score)
+
+
 def test_batch_equals_singles() -> None:
     """Whatever rows are beside it in its tile. The interpreter's products are NumPy's, which differ by a last bit."""
     rng = np.random.default_rng(4)
@@ -289,5 +319,3 @@ def test_wrong_devices_and_modes() -> None:
 def test_a_plain_call_is_feasible() -> None:
     got = decide(build(plain_router()), ROW, {"tau": 0.5})
     assert (got.status[0], got.certified_floor[0]) == (FEASIBLE, np.float32(0.5))
-    assert _core.row_hash(ROW, 1).dtype == np.uint64
-    assert TIE == 2 * TOLERANCE

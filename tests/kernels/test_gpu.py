@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,11 +30,18 @@ def x(router: Router) -> torch.Tensor:
     return torch.from_numpy(np.einsum("bn,bnd->bd", mixed, picked) / 2).cuda()
 
 
+def set_waiting(mode: str) -> None:
+    """What a wait for the device does. The first call says that this is a prototype, in a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 @pytest.fixture
 def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
+    set_waiting("error")
     yield
-    torch.cuda.set_sync_debug_mode("default")
+    set_waiting("default")
 
 
 @pytest.mark.parametrize("mode", ["dual", "policy"])
@@ -78,13 +86,13 @@ def test_a_run_allocates_nothing_and_waits_for_nothing(router: Router, x: torch.
     captured.run(x[:256], 0.8)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
+    set_waiting("error")
     try:
         for rows in (1, 17, 100, 256):
             captured.run(x[:rows], 0.7)
             captured.run(x[:rows], tau[:rows])
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        set_waiting("default")
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
@@ -107,12 +115,16 @@ def test_the_callers_stream_is_used(router: Router, x: torch.Tensor) -> None:
             rows.copy_(x[:500])
             score = decide(rows).clone()
         side.synchronize()
-        assert torch.equal(score, expected)
+        # graph and call may be kernels of two tiles
+        torch.testing.assert_close(score, expected, rtol=0, atol=1e-6)
 
 
 def test_strict_raises(router: Router, x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"^tau: expected at most"):
         router.route_batch(x[:3], 1.0, strict=True)
+    for tau in (1, np.float32(1.0), torch.tensor(1.0, device="cuda"), torch.ones(3, device="cuda")):
+        with pytest.raises(ValueError, match=r"^tau: expected at most .*, got 1 at row 0"):
+            router.route_batch(x[:3], tau, strict=True)
     with pytest.raises(ValueError, match=r"^tensor: expected rows that can be decided, got INVALID at row 1"):
         router.route_batch(
             torch.tensor([0.0, torch.nan], device="cuda")[:, None].expand(2, x.shape[1]), 0.8, strict=True

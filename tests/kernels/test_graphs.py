@@ -68,6 +68,19 @@ def test_replays_draw_fresh_numbers_of_the_one_stream(router: RandomRouter) -> N
     assert not (runs[1] == runs[2]).any()
 
 
+def test_no_gradient_is_kept(router: RandomRouter) -> None:
+    """Rows of a model in training, and a first run in inference mode: neither follows the buffers around."""
+    with torch.inference_mode():
+        captured = CapturedDecide(build(router), max_rows=16)
+        captured.run(rows_of(4, 1), 0.5)
+    x, tau = rows_of(4, 2).requires_grad_(), torch.full((4,), 0.5, device=DEVICE, requires_grad=True)
+    for _ in range(2):
+        answers = captured.run(x * 1.0, tau * 1.0)
+    assert not answers.score.requires_grad
+    assert not captured._x.requires_grad
+    assert not captured._tau.requires_grad
+
+
 def test_wrong_arguments(router: RandomRouter) -> None:
     captured = CapturedDecide(build(router), max_rows=20)
     with pytest.raises(ValueError, match=r"^tensor: expected 1 to 20 rows, got 21"):

@@ -84,7 +84,8 @@ def test_deciding_from_hidden_states_is_pooling_first(rows: int, dtype: torch.dt
     expected = decide(snapshot, pooled, {"tau": 0.6})
     got = snapshot.decide(hidden, 0.6, mask=mask)
     for mine, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=0, equal_nan=True)
+        # two compiled variants of one kernel, whose products may be rounded in another order
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=1e-6, equal_nan=True)
     core = router.build().route(masked_mean_on_cpu(hidden.float().cpu().numpy(), mask.cpu().numpy()), 0.6)
     np.testing.assert_array_equal(got.status.cpu().numpy(), core[3])
 
