@@ -36,7 +36,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from proteus_kernels import beta, launch, pooling, scoring, snapshot
+from proteus_kernels import beta, disentangled, launch, pooling, scoring, snapshot
 
 LIMITS = Path(__file__).parent / "results" / "resources.json"
 TARGETS = (80, 90)
@@ -59,7 +59,9 @@ def recorded() -> Iterator[list[Launch]]:
         found.append((kernel, arguments, options))
 
     with patch.object(launch, "INTERPRETED", True):
-        patches = [patch.object(module, "launch", record) for module in (beta, pooling, scoring, snapshot)]
+        patches = [
+            patch.object(module, "launch", record) for module in (beta, disentangled, pooling, scoring, snapshot)
+        ]
         for one in patches:
             one.start()
         try:
@@ -138,6 +140,12 @@ def _score() -> object:
     return scoring.best_candidate(p, p[0], p[0], p, scales, available)
 
 
+def _attend(tokens: int, dtype: torch.dtype) -> Callable[[], object]:
+    q, k, v = torch.zeros(tokens, 3, 12, 64, dtype=dtype).unbind(1)
+    table, bounds = torch.zeros(1023, 12, 64, dtype=dtype), torch.zeros(5, dtype=torch.int32)
+    return lambda: disentangled.disentangled_attention(q, k, v, table, table, bounds, tokens)
+
+
 BF16 = torch.bfloat16
 KERNELS: dict[str, Callable[[], object]] = {
     "masked_mean bf16 D=768": _pool(768, BF16),
@@ -145,6 +153,10 @@ KERNELS: dict[str, Callable[[], object]] = {
     "varlen_mean bf16 D=768": _pack(768, BF16),
     "sample_beta": _sample,
     "best_candidate K=64": _score,
+    "disentangled_attention bf16 d=64": _attend(128, BF16),
+    "disentangled_attention bf16 d=64 short": _attend(16, BF16),
+    "disentangled_attention fp32 d=64": _attend(128, torch.float32),
+    "disentangled_attention fp32 d=64 short": _attend(16, torch.float32),
     "decide dual D=256": decide(256, 0, 0, 11, 64),
     "decide dual D=1024 d=256 K=64 all": decide(1024, 256, 0, 64, 64, everything=True),
     "decide policy D=256": decide(256, 0, 256, 11, 64),

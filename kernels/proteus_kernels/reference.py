@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -274,3 +275,59 @@ def sample_beta_ref(conc1: Tensor, conc0: Tensor, seed: int, rows: Tensor) -> Te
         if not len(waiting):
             break
     return drawn
+
+
+def log_bucket_ref(distance: Tensor, position_buckets: int, max_relative_positions: int) -> Tensor:
+    """Bucket of a relative position: itself up to half the buckets, further out one for a growing range.
+
+    Past m = position_buckets / 2 it is sign(r) (m + ceil(log(|r| / m) / log((max_relative_positions - 1) / m) (m - 1)))
+    (He et al. 2021, DeBERTa-v2). In float32 whatever the model's dtype, so that a bound between two buckets stays.
+
+    Args:
+        distance: r = query's position - key's, any shape, int64. position_buckets: even, > 0.
+        max_relative_positions: > position_buckets / 2 + 1.
+
+    Returns:
+        int64, the shape of ``distance``.
+    """
+    mid = position_buckets // 2
+    near = distance.abs() <= mid
+    share = torch.log(distance.abs().clamp_min(mid) / mid) / torch.log(torch.tensor((max_relative_positions - 1) / mid))
+    far = (torch.ceil(share * (mid - 1)) + mid) * torch.sign(distance)
+    return torch.where(near, distance, far.to(torch.int64))
+
+
+def disentangled_attention_ref(
+    q: Tensor, k: Tensor, v: Tensor, position_key: Tensor, position_query: Tensor, cu_seqlens: Tensor,
+    max_relative_positions: int,
+) -> Tensor:  # fmt: skip
+    """Self-attention of DeBERTa on packed sequences (He et al. 2021), content to position and position to content.
+
+    The score of key j for query i is (q_i k_j + q_i Kr[s] + k_j Qr[s]) / sqrt(3 d) with s = bucket(i - j) + S, held to
+    [0, 2 S - 1].
+
+    Args:
+        q, k, v: (N, heads, d), the tokens of all sequences one after another.
+        position_key, position_query: Kr and Qr, the relative embeddings through the projections of the keys and of the
+            queries, (2 S, heads, d); S is the number of position buckets.
+        cu_seqlens: where each sequence starts and the last one ends, (B + 1,), integer.
+        max_relative_positions: where the buckets end.
+
+    Returns:
+        (N, heads, d), of the dtype of ``q``.
+    """
+    out = torch.zeros_like(q)
+    buckets = position_key.shape[0] // 2
+    scale = 1.0 / math.sqrt(3 * q.shape[-1])
+    bounds = cu_seqlens.tolist()
+    for first, last in pairwise(bounds):
+        here = slice(first, last)
+        place = torch.arange(last - first, device=q.device)
+        slot = log_bucket_ref(place[:, None] - place[None, :], buckets, max_relative_positions) + buckets
+        slot = slot.clamp(0, 2 * buckets - 1).expand(q.shape[1], -1, -1)
+        scores = torch.einsum("ihd,jhd->hij", q[here], k[here])
+        scores = scores + torch.einsum("ihd,shd->his", q[here], position_key).gather(2, slot)
+        to_content = torch.einsum("jhd,shd->hjs", k[here], position_query)
+        scores = scores + to_content.gather(2, slot.transpose(1, 2)).transpose(1, 2)
+        out[here] = torch.einsum("hij,jhd->ihd", torch.softmax(scores * scale, dim=-1), v[here])
+    return out
