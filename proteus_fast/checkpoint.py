@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from proteus_fast import strict_json
 from proteus_fast.certificate import MIXING_STEPS, Certificate, Mode, Path, PathCertificate
+from proteus_fast.encoder import EncoderSource
 from proteus_fast.pool import MAX_CANDIDATES, Candidate, Pool
 
 SCHEMA = 1
@@ -49,7 +50,8 @@ class Config:
     """Everything about a router that is not a tensor and not its certificate.
 
     Attributes:
-        encoder: ``hash``, or ``none`` where the caller brings embeddings. input_dim: D, what ``route_batch`` takes.
+        encoder: ``hash``, ``transformer``, or ``none`` where the caller brings embeddings. source: of the transformer,
+            None for the others. input_dim: D, what ``route_batch`` takes.
         projection: ``none`` or ``mlp``. link: ``clip`` or ``sigmoid``. head: the policy network's, None without one.
         mode: the mode that is certified and used by default. kappa: cost scale. gamma: cost sensitivity, in [2, 8].
         cost_unit_usd: USD of one cost unit. block_weight: weight of each feature block of the hash encoder, (4,).
@@ -57,7 +59,7 @@ class Config:
     """
 
     pool: Pool
-    encoder: Literal["hash", "none"]
+    encoder: Literal["hash", "transformer", "none"]
     input_dim: int
     projection: Literal["none", "mlp"]
     link: Literal["clip", "sigmoid"]
@@ -71,6 +73,7 @@ class Config:
     data_set: str
     data_sha256: str
     rows: int
+    source: EncoderSource | None = None
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,21 @@ def check_tensors(config: Config, tensors: Mapping[str, Array], place: str) -> N
         raise ValueError(f"{place}: policy.knots_tau: expected at least 2 knots, got 1")
 
 
+def _encoder_json(config: Config) -> dict[str, object]:
+    entry: dict[str, object] = {"kind": config.encoder, "dim": config.input_dim}
+    if config.source is None:
+        return entry | {"block_weight": list(config.block_weight)}
+    source = config.source
+    return entry | {"directory": source.directory, "sha256": source.sha256, "max_tokens": source.max_tokens}
+
+
 def _config_json(config: Config, sha256: Mapping[str, str]) -> dict[str, object]:
     return {
         "format": "proteus-fast",
         "schema": SCHEMA,
         "pool": [{"name": c.name, "price_usd": c.price_usd, "mean_score": c.mean_score} for c in config.pool],
         "cost_unit_usd": config.cost_unit_usd,
-        "encoder": {"kind": config.encoder, "dim": config.input_dim, "block_weight": list(config.block_weight)},
+        "encoder": _encoder_json(config),
         "projection": config.projection,
         "link": config.link,
         "head": config.head,
@@ -164,6 +175,23 @@ def _config_json(config: Config, sha256: Mapping[str, str]) -> dict[str, object]
     }
 
 
+_EncoderFields = tuple[Literal["hash", "transformer", "none"], int, tuple[float, ...], EncoderSource | None]
+
+
+def _read_encoder(root: strict_json.Node) -> _EncoderFields:
+    """Kind, D, block weights, and where the transformer is."""
+    kinds = [node.text("hash", "transformer", "none") for name, node in root.items() if name == "kind"]
+    if kinds == ["transformer"]:
+        _, dim, directory, sha256, max_tokens = root.fields("kind", "dim", "directory", "sha256", "max_tokens")
+        source = EncoderSource(directory.text(), sha256.hexadecimal(64), max_tokens.integer(2, 1 << 16))
+        return "transformer", dim.integer(1, MAX_DIM), (), source
+    kind, dim, block_weight = root.fields("kind", "dim", "block_weight")
+    is_hash = kind.text("hash", "none") == "hash"
+    blocks = 4 if is_hash else 0
+    weights = tuple(float(w) for w in block_weight.numbers(blocks, blocks, 0.0, 1e3))
+    return "hash" if is_hash else "none", dim.integer(1, MAX_DIM), weights, None
+
+
 def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
     form, schema, pool, unit, encoder, projection, link, head, mode, kappa, gamma, labels, sha256 = root.fields(
         "format", "schema", "pool", "cost_unit_usd", "encoder", "projection", "link", "head", "mode", "kappa", "gamma",
@@ -175,9 +203,7 @@ def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
     for entry in pool.elements(1, MAX_CANDIDATES):
         name, price, mean_score = entry.fields("name", "price_usd", "mean_score")
         candidates.append(Candidate(name.text(most=256), price.number(0.0, 1e6), mean_score.number(0.0, 1.0)))
-    kind, dim, block_weight = encoder.fields("kind", "dim", "block_weight")
-    encoder_kind: Literal["hash", "none"] = "hash" if kind.text("hash", "none") == "hash" else "none"
-    blocks = 4 if encoder_kind == "hash" else 0
+    encoder_kind, input_dim, block_weight, source = _read_encoder(encoder)
     definition, data_set, data_sha256, rows = labels.fields("definition", "data_set", "data_sha256", "rows")
     model_hash, certificate_hash = sha256.fields("model.safetensors", "certificate.json")
     head_name: Literal["residual", "free"] | None = None
@@ -188,7 +214,7 @@ def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
     config = Config(
         pool=Pool(candidates),
         encoder=encoder_kind,
-        input_dim=dim.integer(1, MAX_DIM),
+        input_dim=input_dim,
         projection="mlp" if projection.text("none", "mlp") == "mlp" else "none",
         link="clip" if link.text("clip", "sigmoid") == "clip" else "sigmoid",
         head=head_name,
@@ -196,11 +222,12 @@ def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
         kappa=kappa.number(1e-9, 1e9),
         gamma=gamma.number(2.0, 8.0),
         cost_unit_usd=unit.number(1e-15, 1e6),
-        block_weight=tuple(float(w) for w in block_weight.numbers(blocks, blocks, 0.0, 1e3)),
+        block_weight=block_weight,
         label_definition=definition.text(),
         data_set=data_set.text(most=256),
         data_sha256=data_sha256.hexadecimal(64),
         rows=rows.integer(1, 1 << 40),
+        source=source,
     )
     return config, {
         "model.safetensors": model_hash.hexadecimal(64),

@@ -72,6 +72,7 @@ def _train(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         out=arguments.out,
         encoder=arguments.encoder,
+        max_tokens=arguments.max_tokens,
         delta=arguments.delta,
         seed=arguments.seed,
         refine=not arguments.no_refine,
@@ -245,7 +246,8 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
     train = add("train", _train, "train a router on DIR/{train,val}.parquet", "a summary")
     train.add_argument("--data", required=True, metavar="DIR")
     train.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to write")
-    train.add_argument("--encoder", choices=["hash"], default="hash")
+    train.add_argument("--encoder", default="hash", help="hash, a Hugging Face directory, or a name on the hub")
+    train.add_argument("--max-tokens", type=int, help="of the transformer; a longer text's first ones count")
     train.add_argument("--delta", type=float, default=0.1, help="error probability of the certificate (default .1)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--no-refine", action="store_true", help="keep the closed form without trying gradient steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from proteus_fast.certificate import Guarantee, Mode
-from proteus_fast.router import Router, by_number
+from proteus_fast.router import Router, by_number, snapshot_arguments
 
 if TYPE_CHECKING:
     from proteus_fast.checkpoint import Checkpoint
@@ -42,39 +43,24 @@ def find_device(name: Any) -> torch.device:
 
 
 def build_snapshot(source: Checkpoint, device: torch.device, precision: str) -> Snapshot:
-    """The kernels' form of a checkpoint, on ``device``."""
-    from proteus_kernels.snapshot import PathTable, Snapshot
+    """The kernels' form of a checkpoint, on ``device``.
 
-    config, certificate = source.config, source.certificate
-    paths = {}
-    for mode, entry in certificate.paths.items():
-        certified, calibrated = (certificate.tables[mode][g] for g in ("certified", "calibrated"))
-        paths[mode] = PathTable(
-            entry.path.parameter, certified.code, certified.max_index, calibrated.code, calibrated.max_index
-        )
-    return Snapshot(
-        tensors={name: np.asarray(t, np.float32) for name, t in source.tensors.items() if "encoder." not in name},
-        link=config.link,
-        head=config.head,
-        kappa=config.kappa,
-        gamma=config.gamma,
-        price_usd=config.pool.price_usd.astype(np.float32),
-        cost_unit_usd=config.cost_unit_usd,
-        key=certificate.key,
-        default_mode=config.mode,
-        dual=paths["dual"],
-        policy=paths.get("policy"),
-        device=device,
-        precision=precision,
-    )
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    try:
+        from proteus_kernels.snapshot import PathTable, Snapshot
+    except ImportError as error:
+        raise ImportError(f"device: expected Triton (pip install 'proteus-fast[gpu]'), got: {error}") from None
+    return Snapshot(**snapshot_arguments(source, PathTable), device=device, precision=precision)
 
 
 def warm_up(snapshot: Snapshot) -> None:
     """Compile and load what a plain call needs, for one target and for one a row, narrow batches and wide ones."""
     for rows in (1, snapshot.wide_rows):
-        x = torch.zeros(rows, snapshot.input_dim, device=snapshot.device)
+        x = torch.zeros(rows, snapshot.input_dim, dtype=torch.float32, device=snapshot.device)
         snapshot.decide(x, 0.5)
-        snapshot.decide(x, torch.full((rows,), 0.5, device=snapshot.device))
+        snapshot.decide(x, torch.full((rows,), 0.5, dtype=torch.float32, device=snapshot.device))
 
 
 def draw_state(seed: Any, device: torch.device) -> Tensor:
@@ -143,13 +129,16 @@ def route_batch(
     x = _to_tensor(tensor)
     answers = decide(router.on_device(x.device), x, tau, mode=mode, guarantee=guarantee, **arguments)
     if strict:
-        target = tau.double().cpu().numpy() if isinstance(tau, Tensor) else tau
+        target = tau.double().cpu().numpy() if isinstance(tau, Tensor) and tau.dim() else float(tau)
         router.check_strict(answers.status.cpu().numpy(), target, mode, guarantee)
-    namespace = None if x is tensor else getattr(tensor, "__array_namespace__", None)
-    if namespace is None:
+    if x is tensor:
         return answers
-    convert = namespace().from_dlpack
-    return tuple(convert(answer) for answer in answers)
+    # not every library with DLPack has the array standard's door to its functions; all have their module
+    namespace = getattr(tensor, "__array_namespace__", None)
+    library = sys.modules[type(tensor).__module__.partition(".")[0]] if namespace is None else namespace()
+    if not hasattr(library, "from_dlpack"):
+        return answers
+    return tuple(library.from_dlpack(answer) for answer in answers)
 
 
 def capture(

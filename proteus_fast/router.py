@@ -6,7 +6,8 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from proteus_fast import _core, checkpoint
 from proteus_fast.arrays import from_numpy, is_for_torch, masked_mean, to_float32, to_numpy, to_tau
 from proteus_fast.certificate import Certificate, Guarantee, Mode, Status, tau_index
+from proteus_fast.encoder import LazyEncoder, check_source
 from proteus_fast.pool import Pool
 
 if TYPE_CHECKING:
@@ -37,8 +39,7 @@ def _cuda() -> ModuleType:
     try:
         from proteus_fast import cuda
     except ImportError as error:
-        message = f"device: expected torch and Triton for CUDA (pip install 'proteus-fast[gpu]'), got: {error}"
-        raise ImportError(message) from None
+        raise ImportError(f"device: expected torch (pip install 'proteus-fast[gpu]'), got: {error}") from None
     return cuda
 
 
@@ -120,7 +121,7 @@ class Router:
         snapshot: the engine's form of it.
     """
 
-    def __init__(self, source: Checkpoint, precision: str = "float32") -> None:
+    def __init__(self, source: Checkpoint, precision: str = "float32", encoder_device: str = "cpu") -> None:
         config = source.config
         self._checkpoint = source
         self._precision = precision
@@ -136,12 +137,17 @@ class Router:
             "prices": hashlib.sha256(self.pool.price_usd.tobytes()).hexdigest()[:16],
             "certificate": checkpoint.certificate_digest(self.certificate)[:16],
         }
-        self._encoder = _build_encoder(source)
-        self.snapshot = _build_snapshot(source, self._encoder)
+        hashed = _build_hash_encoder(source)
+        self._encoder = hashed if config.source is None else LazyEncoder(config.source, encoder_device)
+        self.snapshot = _core.Snapshot(**snapshot_arguments(source, _core.Path), encoder=hashed)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str] | None = None, device: str = "cpu", precision: str = "float32"
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        device: str = "cpu",
+        precision: str = "float32",
+        encoder: str | os.PathLike[str] | None = None,
     ) -> Router:
         """Load a checkpoint folder; None: the embedded router.
 
@@ -150,18 +156,26 @@ class Router:
                 a router gets to a GPU by itself with the first tensor from there, only later.
             precision: of matrix products on GPUs: ``float32``, which chooses as the CPU does, or ``bfloat16``, whose
                 answers are UNCERTIFIED.
+            encoder: where the transformer of a checkpoint is, if not where it was; its files must be the same.
 
         Raises:
-            FileNotFoundError, ValueError: see :func:`proteus_fast.checkpoint.load`. ImportError: no torch or Triton.
+            FileNotFoundError, ValueError: see :func:`proteus_fast.checkpoint.load`; also where the transformer is not
+                there or is another. ImportError: no torch or Triton.
         """
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
-        if device == "cpu":
-            return cls(checkpoint.load(EMBEDDED if path is None else path), precision)
-        cuda = _cuda()
-        place = cuda.find_device(device)
-        router = cls(checkpoint.load(EMBEDDED if path is None else path), precision)
-        cuda.warm_up(router.on_device(place))
+        cuda = None if device == "cpu" else _cuda()
+        place = None if cuda is None else cuda.find_device(device)
+        source = checkpoint.load(EMBEDDED if path is None else path)
+        if source.config.source is not None:
+            where = replace(source.config.source, directory=str(encoder or source.config.source.directory))
+            where = replace(where, directory=str(check_source(where)))
+            source = replace(source, config=replace(source.config, source=where))
+        elif encoder is not None:
+            raise ValueError("encoder: expected a checkpoint with a transformer, got one without")
+        router = cls(source, precision, "cpu" if place is None else str(place))
+        if cuda is not None:
+            cuda.warm_up(router.on_device(place))
         return router
 
     def on_device(self, device: Any) -> Any:
@@ -196,8 +210,8 @@ class Router:
         Returns:
             An object with ``run(tensor, tau)``, see ``proteus_kernels.graphs.CapturedDecide``.
         """
-        cuda = _cuda()
-        return cuda.capture(self.on_device(cuda.find_device(device)), max_rows, dtype, mode, guarantee, seed)
+        place = self.on_device(_cuda().find_device(device))
+        return _cuda().capture(place, max_rows, dtype, mode, guarantee, seed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write this router as a checkpoint folder; see :func:`proteus_fast.checkpoint.save`."""
@@ -217,10 +231,11 @@ class Router:
         """Encode texts.
 
         Args:
-            queries: B texts. Of a text longer than 16 KiB the first and last 8 KiB count.
+            queries: B texts. The hash encoder takes the first and last 8 KiB of one longer than 16 KiB, a transformer
+                the first ``max_tokens`` tokens.
 
         Returns:
-            (B, D) float32, what ``route_batch`` takes.
+            (B, D) float32, what ``route_batch`` takes: NumPy; a tensor on the GPU from a transformer that is there.
 
         Raises:
             ValueError: the router has no text encoder. TypeError: ``queries`` is one str, or holds something else.
@@ -229,7 +244,8 @@ class Router:
             raise TypeError("queries: expected a sequence of str, got one str")
         if self._encoder is None:
             raise ValueError("queries: expected embeddings, got texts: this router has no text encoder")
-        return self._encoder.encode(queries)
+        encoded: NDArray[np.float32] = self._encoder.encode(queries)
+        return encoded
 
     def route_batch(
         self,
@@ -425,39 +441,36 @@ class Router:
             raise ValueError(f"tau: expected at most {tau_max} (tau_max), got {target:g} at row {infeasible[0]}")
 
 
-def _build_encoder(source: Checkpoint) -> _core.HashEncoder | None:
+def _build_hash_encoder(source: Checkpoint) -> _core.HashEncoder | None:
     if source.config.encoder != "hash":
         return None
-    return _core.HashEncoder(
-        source.tensors["encoder.table"].astype(np.int8, copy=False),
-        source.tensors["encoder.row_scale"].astype(np.float32, copy=False),
-        source.tensors["encoder.idf"].astype(np.float32, copy=False),
-        np.array(source.config.block_weight, np.float32),
-    )
+    table = source.tensors["encoder.table"].astype(np.int8, copy=False)
+    scale, idf = (source.tensors[f"encoder.{name}"].astype(np.float32, copy=False) for name in ("row_scale", "idf"))
+    return _core.HashEncoder(table, scale, idf, np.array(source.config.block_weight, np.float32))
 
 
-def _build_snapshot(source: Checkpoint, encoder: _core.HashEncoder | None) -> _core.Snapshot:
-    config, tensors, certificate = source.config, source.tensors, source.certificate
+def snapshot_arguments(source: Checkpoint, path: Callable[..., Any]) -> dict[str, Any]:
+    """A checkpoint as the arguments that ``_core.Snapshot`` and the kernels' have in common; ``path`` makes a path."""
+    config, certificate = source.config, source.certificate
     paths = {}
     for mode, entry in certificate.paths.items():
         certified, calibrated = (certificate.tables[mode][g] for g in ("certified", "calibrated"))
-        paths[mode] = _core.Path(
+        paths[mode] = path(
             entry.path.parameter, certified.code, certified.max_index, calibrated.code, calibrated.max_index
         )
-    return _core.Snapshot(
-        tensors={name: np.asarray(t, np.float32) for name, t in tensors.items() if not name.startswith("encoder.")},
-        link=config.link,
-        head=config.head,
-        kappa=config.kappa,
-        gamma=config.gamma,
-        price_usd=config.pool.price_usd.astype(np.float32),
-        cost_unit_usd=config.cost_unit_usd,
-        key=certificate.key,
-        default_mode=config.mode,
-        dual=paths["dual"],
-        policy=paths.get("policy"),
-        encoder=encoder,
-    )
+    return {
+        "tensors": {n: np.asarray(t, np.float32) for n, t in source.tensors.items() if not n.startswith("encoder.")},
+        "link": config.link,
+        "head": config.head,
+        "kappa": config.kappa,
+        "gamma": config.gamma,
+        "price_usd": config.pool.price_usd.astype(np.float32),
+        "cost_unit_usd": config.cost_unit_usd,
+        "key": certificate.key,
+        "default_mode": config.mode,
+        "dual": paths["dual"],
+        "policy": paths.get("policy"),
+    }
 
 
 _current: Router | None = None

@@ -57,7 +57,6 @@ def test_route(capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluate", "--data", "x", "--taus", ".8,high"], "expected numbers separated by commas"),
         (["evaluate", "--data", "x", "--taus", "1.8"], "expected numbers in [0, 1]"),
         (["train", "--data", "x"], "--out"),
-        (["train", "--data", "x", "--out", "y", "--encoder", "bert"], "invalid choice"),
         (["serve"], "--address"),
         (["plan", "--tau", ".9"], "--headroom"),
     ],
@@ -79,6 +78,10 @@ def test_wrong_usage_exits_with_2(words: list[str], message: str, capsys: pytest
         (["plan", "--tau", ".9", "--headroom", "0"], "headroom: expected"),
         (["plan", "--tau", ".9", "--headroom", ".01", "--delta", "2"], "delta: expected"),
         (["train", "--data", "/nowhere", "--out", "/tmp/x"], "/nowhere/train.parquet: expected a Parquet file"),
+        (
+            ["train", "--data", "x", "--out", "/tmp/x", "--encoder", "bert"],
+            "encoder: expected a directory, got nothing",
+        ),
         (["evaluate", "--data", "/nowhere"], "/nowhere/test.parquet: expected a Parquet file"),
         (["evaluate", "/nowhere", "--data", "/nowhere"], "expected"),
         (["certify", "/nowhere", "--data", "/nowhere", "--out", "/tmp/x"], "expected"),

@@ -22,6 +22,7 @@ SUBPACKAGES = {"training", "evaluation", "experiments", "online"}
 # a module of its own layer: it needs torch, and only routing on a GPU needs it
 CUDA = "cuda"
 SERVING = {"numpy", "safetensors"}
+HUB = {"tokenizers", "huggingface_hub"}
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "google"}
 LEARNING = {"torch", "pyarrow", "sklearn", "scipy", "matplotlib", "tqdm"}
 
@@ -77,7 +78,7 @@ def target_of(module: str) -> str:
 # layer -> (what it may import anywhere, what it may import inside functions only)
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "proteus_kernels": ({"torch", "triton", "numpy"}, set()),
-    "proteus_fast": (SERVING, {"torch", "proteus_kernels", "proteus_fast.cuda", "transformers"}),
+    "proteus_fast": (SERVING, {"torch", "proteus_kernels", "proteus_fast.cuda", "transformers", *HUB}),
     "proteus_fast.cuda": (SERVING | {"torch", "proteus_fast", "proteus_kernels"}, set()),
     "proteus_fast.training": (
         SERVING | LEARNING | {"proteus_fast", "proteus_fast.evaluation", "proteus_kernels"},

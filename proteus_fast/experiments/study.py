@@ -84,14 +84,15 @@ def load_study(folder: Path, cache: Path | None = None, progress: Callable[[str]
     stages = Stages(where, fingerprint(config, division), read_only=cache is None)
     first = fit_predictor(config, division, stages, progress)
     assert first.problem is not None
-    return study_of(division, test, first.hashed, first.problem, stages)
+    assert isinstance(first.encoder, HashPredictor)
+    return study_of(division, test, first.encoder, first.problem, stages)
 
 
 def study_of(
     division: Division, test: OutcomeTable, hashed: HashPredictor, problem: Problem, store: Store | None = None
 ) -> Study:
     """A study of prepared parts; an experiment that changes costs makes its own."""
-    h = hashed.encoder().encode(test.prompts)
+    h = hashed.encode(test.prompts)
     p = np.clip(h.astype(np.float64) @ hashed.weight + hashed.bias, 0.0, 1.0)
     fit = problem.table
     taus = relative_targets(fit.score.mean(axis=0), problem.price_usd, SHARES)

@@ -83,7 +83,7 @@ def deploy(study: Study, seed: int, config: PolicyConfig) -> Deployment:
     curve = curve_of(problem.table, follow(network, problem.rows(), positions, trainer.kappa)[0].numpy())
     accuracy, cost = (values.mean(axis=1, dtype=np.float64) for values in (curve.score, curve.cost_usd))
     path = lay_path(positions.numpy(), accuracy, cost, _VERTICES)
-    embeddings = hashed.encoder().encode(study.division.calibration.prompts)
+    embeddings = hashed.encode(study.division.calibration.prompts)
     tensors = {f"encoder.{name}": getattr(hashed, name) for name in ("table", "row_scale", "idf")}
     tensors |= {"predictor.weight": hashed.weight, "predictor.bias": hashed.bias}
     source = plug_in_checkpoint(

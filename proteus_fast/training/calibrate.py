@@ -23,6 +23,7 @@ from proteus_fast.certificate import (
     round_scores,
 )
 from proteus_fast.checkpoint import Array, Checkpoint, Config
+from proteus_fast.encoder import EncoderSource
 from proteus_fast.evaluation.outcomes import OutcomeTable, is_cal
 from proteus_fast.pool import Candidate, Pool
 from proteus_fast.router import Router
@@ -109,6 +110,7 @@ def plug_in_checkpoint(
     tensors: Mapping[str, Array] | None = None,
     *,
     encoder: tuple[float, ...] = (),
+    source: EncoderSource | None = None,
     link: str = "clip",
     delta: float,
     seed: int,
@@ -121,7 +123,8 @@ def plug_in_checkpoint(
         fit: rows that the predictor was trained on. p: its out-of-fold predictions there, (n, K). calibration: rows
             that nothing has read. x: embeddings of the calibration rows, (m, D); without ``tensors``, their predicted
             accuracies themselves, (m, K). tensors: the router's. encoder: block weights where it has the hash encoder.
-        policy: a policy over the same predictor, certified beside the plug-in rule.
+        source: of its transformer, where it has one. policy: a policy over the same predictor, certified beside the
+            plug-in rule.
     """
     candidates = len(fit.candidates)
     if tensors is None:
@@ -134,7 +137,7 @@ def plug_in_checkpoint(
     gamma = DUAL_GAMMA if policy is None else policy.gamma
     config = Config(
         pool=pool,
-        encoder="hash" if encoder else "none",
+        encoder="transformer" if source is not None else "hash" if encoder else "none",
         input_dim=x.shape[1],
         projection="mlp" if "projection.w1" in tensors else "none",
         link="sigmoid" if link == "sigmoid" else "clip",
@@ -148,6 +151,7 @@ def plug_in_checkpoint(
         data_set=fit.name,
         data_sha256=fit.sha256,
         rows=len(fit),
+        source=source,
     )
     paths: dict[Mode, Path] = {
         "dual": build_dual_path(

@@ -17,6 +17,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from proteus_fast import _core
+from proteus_fast.checkpoint import Array
 from proteus_fast.evaluation.outcomes import FOLDS
 
 BLOCKS = 4
@@ -216,9 +217,14 @@ class HashPredictor:
     weight: Float32
     bias: Float32
 
-    def encoder(self) -> _core.HashEncoder:
-        """The engine's encoder of this table."""
-        return _core.HashEncoder(self.table, self.row_scale, self.idf, np.array(self.block_weight, np.float32))
+    def encode(self, texts: Sequence[str]) -> Float32:
+        """Embeddings (n, D) by the engine's encoder of this table."""
+        block_weight = np.array(self.block_weight, np.float32)
+        return _core.HashEncoder(self.table, self.row_scale, self.idf, block_weight).encode(texts)
+
+    def tensors(self) -> dict[str, Array]:
+        """The encoder's tensors of a checkpoint."""
+        return {"encoder.table": self.table, "encoder.row_scale": self.row_scale, "encoder.idf": self.idf}
 
 
 def quantise(directions: FloatArray) -> tuple[NDArray[np.int8], Float32]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from proteus_fast import checkpoint
 from proteus_fast.certificate import Mode, check_delta
+from proteus_fast.encoder import EncoderSource, describe
 from proteus_fast.evaluation.metrics import (
     SELECTION_TARGETS,
     bootstrap_log_ratio,
@@ -42,6 +43,7 @@ from proteus_fast.training.crossfit import (
 )
 from proteus_fast.training.curves import write_policy_curves, write_search_curves
 from proteus_fast.training.fit_policy import WATCH_EVERY, PolicyFit, Problem, fit_policy, watched_steps
+from proteus_fast.training.frozen import FrozenPredictor, embed, fit_frozen
 from proteus_fast.training.ppo import PolicyConfig, Trainer, is_first
 
 if TYPE_CHECKING:
@@ -59,9 +61,12 @@ class TrainConfig:
 
     Attributes:
         data: folder with train.parquet and val.parquet. out: checkpoint folder to write.
-        encoder: ``hash``, the only one that is trained so far. delta: error probability of the certificate, in (0, .5).
+        encoder: ``hash``, or a transformer, which stays as it is: a Hugging Face directory, or a name on the hub. With
+            one the mode is ``dual``. max_tokens: of the transformer; None: 512, or fewer where it has fewer.
+        delta: error probability of the certificate, in (0, .5).
         seed: of everything random; the same seed, data and machine give the same model.
-        table_rows: rows of the encoder's table, a power of two. extra_dim: columns beside the K regression directions.
+        table_rows: rows of the hash encoder's table, a power of two.
+        extra_dim: columns beside the K regression directions.
         block_weights: weights of the feature blocks that are tried. alphas: ridge penalties that are tried.
         variants: ways of choosing among them, see ``predictor.fit_shrinkages``.
         refine: try the gradient refinement; it is kept only where it costs less out of fold in 95 % of resamples. Not
@@ -74,7 +79,8 @@ class TrainConfig:
 
     data: str | os.PathLike[str]
     out: str | os.PathLike[str]
-    encoder: Literal["hash"] = "hash"
+    encoder: str = "hash"
+    max_tokens: int | None = None
     delta: float = 0.1
     seed: int = 0
     table_rows: int = 1 << 16
@@ -132,11 +138,13 @@ class Stages:
             file.write(json.dumps(entry) + "\n")
 
 
-def fingerprint(config: TrainConfig, division: Division) -> str:
+def fingerprint(config: TrainConfig, division: Division, source: EncoderSource | None = None) -> str:
     """Hash of everything that the stages depend on."""
     later = ("data", "out", "progress", "delta", "refine", "mode", "policy", "device")
     settings = {k: v for k, v in asdict(config).items() if k not in later}
     # labels of the calibration rows are not part of it: nothing before the certificate may depend on them
+    if source is not None:
+        settings |= {"encoder": source.sha256, "max_tokens": source.max_tokens}
     text = json.dumps([_STATE_VERSION, settings, division.fit.sha256], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -179,17 +187,23 @@ def _search(
 
 
 def _refinement(
-    config: TrainConfig, division: Division, hashed: predictor.HashPredictor, p: FloatArray, stages: Stages,
-    tick: Callable[[str], None],
+    config: TrainConfig, division: Division, encoder: predictor.HashPredictor | FrozenPredictor, p: FloatArray,
+    stages: Stages, tick: Callable[[str], None],
 ) -> tuple[Refinement, bool]:  # fmt: skip
-    """The refinement, and whether it is kept: it has to cost less in 95 % of the resamples of the fit rows."""
+    """The refinement, and whether it is kept: it has to cost less in enough of the resamples of the fit rows.
+
+    That is 95 % for the hash encoder, whose own columns know the labels, and half for a transformer, which knows none.
+    """
     from proteus_fast.training.refine import refine
 
     fit = division.fit
     candidates = len(fit.candidates)
-    h = hashed.encoder().encode(fit.prompts)
-    size = np.diag(hashed.weight[:candidates])
-    h[:, :candidates] = (p - fit.score.mean(axis=0)) / size
+    h = encoder.encode(fit.prompts)
+    enough = 0.5
+    if isinstance(encoder, predictor.HashPredictor):
+        size = np.diag(encoder.weight[:candidates])
+        h[:, :candidates] = (p - fit.score.mean(axis=0)) / size
+        enough = 0.95
     result = refine(h, fit.score, fold_of(fit.prompts), seed=config.seed, progress=lambda: tick("refine"))
     price = fit.cost_usd.mean(axis=0)
     taus = relative_targets(fit.score.mean(axis=0), price, SELECTION_TARGETS)
@@ -198,7 +212,7 @@ def _refinement(
     share = float((ratios < 0).mean())
     stages.log(stage="refine", epochs=result.epochs, loss=result.loss.tolist(), cost_ratio=float(np.exp(ratios.mean())),
                share_of_resamples_cheaper=share)  # fmt: skip
-    return result, share >= 0.95
+    return result, share >= enough
 
 
 @dataclass(frozen=True)
@@ -206,11 +220,11 @@ class Predictor:
     """Stage 1, finished.
 
     Attributes:
-        hashed: encoder and linear predictor. p: out-of-fold predictions of the fit rows, (n, K), not clipped.
+        encoder: with its linear predictor. p: out-of-fold predictions of the fit rows, (n, K), not clipped.
         tried: what the search tried. problem: rows for stage 2, where a policy is trained.
     """
 
-    hashed: predictor.HashPredictor
+    encoder: predictor.HashPredictor | FrozenPredictor
     p: FloatArray
     tried: list[dict[str, Any]]
     problem: Problem | None
@@ -248,7 +262,7 @@ def fit_predictor(config: TrainConfig, division: Division, stages: Stages, tick:
         candidates + 1 + config.extra_dim, config.seed,
     )  # fmt: skip
     size = np.diag(hashed.weight[: candidates + 1]).astype(np.float64)
-    svd = hashed.encoder().encode(fit.prompts)[:, candidates + 1 :]
+    svd = hashed.encode(fit.prompts)[:, candidates + 1 :]
 
     def embed(columns: FloatArray) -> NDArray[np.float32]:
         regression = to_scores(columns, shrinkage) / size
@@ -265,6 +279,29 @@ def fit_predictor(config: TrainConfig, division: Division, stages: Stages, tick:
     return Predictor(hashed, plain, tried, problem)
 
 
+def fit_frozen_predictor(
+    config: TrainConfig, division: Division, source: EncoderSource, stages: Stages, tick: Callable[[str], None]
+) -> Predictor:
+    """Embed every text, and regress; calls ``tick`` 101 times."""
+    fit = division.fit
+    texts = sorted({*fit.prompts, *division.calibration.prompts})
+    arrays = stages.load("embeddings")
+    if arrays is None or len(arrays["h"]) != len(texts):
+        arrays = stages.save("embeddings", h=embed(source, texts, lambda: tick("embed"), config.device))
+    embeddings: dict[str, NDArray[np.float32]] = dict(zip(texts, arrays["h"], strict=True))
+    h = np.stack([embeddings[text] for text in fit.prompts])
+    price = fit.cost_usd.mean(axis=0)
+    weight, bias, shrinkage, trials = fit_frozen(
+        h, fit.score, fold_of(fit.prompts), lambda p: selection_cost(p, price, fit), config.alphas, config.variants
+    )
+    for trial in trials:
+        stages.log(stage="search", **asdict(trial))
+    tick("search")
+    cheapest = min(trials, key=lambda trial: trial.cost_usd)
+    tried = [{"block_weight": (), "cost_usd": cheapest.cost_usd, "error": shrinkage.error}]
+    return Predictor(FrozenPredictor(source, embeddings, weight, bias), shrinkage.p, tried, None)
+
+
 def train(config: TrainConfig) -> Path:
     """Train on ``train.parquet`` and ``val.parquet`` of a folder and write a checkpoint.
 
@@ -278,8 +315,8 @@ def train(config: TrainConfig) -> Path:
         FileNotFoundError, ValueError: the data or the configuration is not as it should be.
     """
     check_delta(config.delta)
-    if config.encoder != "hash":
-        raise ValueError(f"encoder: expected 'hash', got {config.encoder!r}")
+    if config.encoder != "hash" and config.mode != "dual":
+        raise ValueError(f"mode: expected dual with a transformer, got {config.mode!r}")
     if config.mode not in ("dual", "policy", "cheaper"):
         raise ValueError(f"mode: expected one of dual, policy, cheaper, got {config.mode!r}")
     if config.device not in ("cpu", "cuda"):
@@ -290,6 +327,7 @@ def train(config: TrainConfig) -> Path:
         raise ValueError(f"table_rows: expected a power of two, got {config.table_rows}")
     out = Path(config.out)
     checkpoint.check_target(out)
+    source = None if config.encoder == "hash" else describe(config.encoder, config.max_tokens)[0]
     division = read_division(config.data)
     fit = division.fit
     if len(np.unique(fold_of(fit.prompts))) < FOLDS:
@@ -297,9 +335,11 @@ def train(config: TrainConfig) -> Path:
     with_policy = config.mode != "dual"
     settings = config.policy or PolicyConfig()
     refines = config.refine and not with_policy
-    stages = Stages(out.with_name(out.name + ".training"), fingerprint(config, division), read_only=not is_first())
+    stages = Stages(
+        out.with_name(out.name + ".training"), fingerprint(config, division, source), read_only=not is_first()
+    )
     looks = FOLDS * len(watched_steps(settings)) + settings.steps // WATCH_EVERY if with_policy else 0
-    total = 2 + len(config.block_weights) + (6 if refines else 0) + looks
+    total = 1 + (1 + len(config.block_weights) if source is None else 101) + (6 if refines else 0) + looks
     disable = None if config.progress is None else not config.progress
     with tqdm(total=total, desc=f"train {fit.name}", disable=disable or not is_first() or None, unit="step") as bar:
 
@@ -310,16 +350,14 @@ def train(config: TrainConfig) -> Path:
         def look(trainer: Trainer) -> None:
             tick(trainer.summary())
 
-        first = fit_predictor(config, division, stages, tick)
-        hashed, p = first.hashed, np.clip(first.p, 0.0, 1.0)
-        tensors: dict[str, checkpoint.Array] = {
-            "encoder.table": hashed.table,
-            "encoder.row_scale": hashed.row_scale,
-            "encoder.idf": hashed.idf,
-        }
+        if source is None:
+            first = fit_predictor(config, division, stages, tick)
+        else:
+            first = fit_frozen_predictor(config, division, source, stages, tick)
+        encoder, p = first.encoder, np.clip(first.p, 0.0, 1.0)
         link = "clip"
-        head: dict[str, checkpoint.Array] = {"predictor.weight": hashed.weight, "predictor.bias": hashed.bias}
-        refined = _refinement(config, division, hashed, first.p, stages, tick) if refines else None
+        head: dict[str, checkpoint.Array] = {"predictor.weight": encoder.weight, "predictor.bias": encoder.bias}
+        refined = _refinement(config, division, encoder, first.p, stages, tick) if refines else None
         if refined is not None and refined[1]:
             head, p, link = dict(refined[0].tensors), refined[0].p, "sigmoid"
         policy, fitted = None, None
@@ -334,9 +372,10 @@ def train(config: TrainConfig) -> Path:
             fit,
             p,
             division.calibration,
-            hashed.encoder().encode(division.calibration.prompts),
-            tensors | head,
-            encoder=hashed.block_weight,
+            encoder.encode(division.calibration.prompts),
+            encoder.tensors() | head,
+            encoder=encoder.block_weight,
+            source=source,
             link=link,
             delta=config.delta,
             seed=config.seed,

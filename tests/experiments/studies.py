@@ -20,4 +20,4 @@ def prepare(folder: Path, rows: int, seed: int, table_rows: int) -> Study:
     division = read_division(data)
     first = fit_predictor(config, division, Stages(data, "", read_only=True), lambda _: None)
     assert first.problem is not None
-    return study_of(division, read_table(data / "test.parquet"), first.hashed, first.problem)
+    return study_of(division, read_table(data / "test.parquet"), first.encoder, first.problem)

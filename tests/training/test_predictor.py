@@ -87,7 +87,7 @@ def test_the_table_says_what_the_regression_says(problem: tuple[predictor.Featur
     dual = predictor.fit_dual(kernel, score, shrinkage)
     hashed = predictor.build_table(features, weights, dual, score.mean(axis=0), 5 + 16, seed=0)
     exact = kernel @ dual + score.mean(axis=0)
-    served = hashed.encoder().encode(queries()) @ hashed.weight + hashed.bias
+    served = hashed.encode(queries()) @ hashed.weight + hashed.bias
     assert np.abs(served - exact).max() < 0.01
     assert np.abs(served - exact).mean() < 0.001
 

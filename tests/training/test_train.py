@@ -89,7 +89,6 @@ def test_a_stopped_run_is_taken_up(data: Path, tmp_path: Path, monkeypatch: pyte
     [
         ({"delta": 0.0}, "delta: expected"),
         ({"delta": float("nan")}, "delta: expected"),
-        ({"encoder": "bert"}, "encoder: expected 'hash'"),
         ({"table_rows": 1000}, "table_rows: expected a power of two"),
         ({"mode": "fast", "policy": POLICY}, "mode: expected"),
         ({"mode": "policy", "policy": POLICY, "device": "abacus"}, "device: expected"),
