@@ -31,7 +31,7 @@ import triton.testing
 # behind everything else, so that the installed package is measured
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import workload
+from benchmarks import bench_encoder, workload
 from benchmarks.bench_pooling import einsum
 from proteus_fast import cuda
 from proteus_fast.router import Router
@@ -201,6 +201,28 @@ def tiles() -> str:
     return table(["B", "rows, depth, columns, warps", "device, us"], rows)
 
 
+def encoders() -> str:
+    """DeBERTa-v3-small's shape, tokens to hidden states, and its difference from transformers."""
+    theirs, ours = bench_encoder.build("cuda", torch.bfloat16)
+    compiled, rows = torch.compile(theirs, dynamic=False), []
+    for batch, tokens in ((1, 16), (1, 64), (1, 128), (64, 64)):
+        ids = torch.randint(0, 1000, (batch, tokens), device="cuda")
+        ends = torch.arange(0, batch * tokens + 1, tokens, device="cuda")
+        forms: dict[str, Callable[[], Any]] = {
+            "proteus_kernels": partial(ours.forward, ids.flatten(), ends, tokens),
+            "transformers": partial(theirs, input_ids=ids),
+            "torch.compile": partial(compiled, input_ids=ids),
+        }
+        with torch.inference_mode():
+            expected = theirs(input_ids=ids).last_hidden_state.flatten(0, 1)
+            away = float((forms["proteus_kernels"]() - expected).abs().max())
+            for name, call in forms.items():
+                call()
+                rows.append([f"{batch} x {tokens}", name, device_us(call), *host_us(call, 100), away])
+    head = ["bf16", "form", "device, us", "host returns, us", "answers there, us", "largest difference"]
+    return f"Budgets: 250 us on the device at 1 x 64, 1,000 us at 64 x 64.\n\n{table(head, rows)}"
+
+
 def samples() -> str:
     rows = []
     for count in (64, 4096, 1 << 20):
@@ -236,6 +258,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Pooled in front of the decision": pooled_in_front,
     "Tiles": tiles,
     "Beta samples": samples,
+    "DeBERTa": encoders,
     "Loading": loaded,
     "Profile of 100 calls of route_batch, B = 1": profile,
 }

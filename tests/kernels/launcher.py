@@ -22,7 +22,7 @@ from proteus_kernels import launch
 
 NAMES = (
     "sample_beta", "masked_mean bf16 D=768", "varlen_mean bf16 D=768", "best_candidate K=64", "decide dual D=256",
-    "decide policy D=768 d=256 from hidden bf16",
+    "decide policy D=768 d=256 from hidden bf16", "disentangled_attention bf16 d=64 short",
 )  # fmt: skip
 
 

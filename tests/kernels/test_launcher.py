@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from proteus_kernels import beta, decide, pooling, scoring
+from proteus_kernels import beta, decide, disentangled, pooling, scoring
 
 KERNELS = {
     "sample_beta": beta._sample_beta_kernel,
@@ -16,6 +16,7 @@ KERNELS = {
     "varlen_mean": pooling._varlen_mean_kernel,
     "best_candidate": scoring._best_candidate_kernel,
     "decide": decide.decide_kernel,
+    "disentangled_attention": disentangled._disentangled_attention_kernel,
 }
 
 
