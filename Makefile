@@ -37,8 +37,8 @@ native-asan native-tsan: native-%: $(VENV)/.dev
 	PATH="$(BIN):$$PATH" cmake --build $(VENV)/native-$*
 	PATH="$(BIN):$$PATH" ctest --test-dir $(VENV)/native-$* --output-on-failure --no-tests=error
 
-bench: $(VENV)/.dev  ## every path beside its baselines, in one run (ARGS="-k decide")
-	$(BIN)/pytest benchmarks --benchmark-columns=min,median $(ARGS)
+bench: $(VENV)/.dev  ## every path beside its baselines on one core, in one run (ARGS="-k decide")
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/pytest benchmarks --benchmark-columns=min,median $(ARGS)
 
 instructions: $(VENV)/.dev  ## instructions of the native core beside the recorded counts (ARGS=--record)
 	scripts/setup.sh $(VENV) valgrind
