@@ -6,6 +6,7 @@
 
 #include "bind.hpp"
 #include "engine.hpp"
+#include "forward.hpp"
 
 namespace proteus::bind {
 namespace {
@@ -285,6 +286,24 @@ py::array_t<std::int32_t> path_choices(const Snapshot& snapshot, py::handle x, p
     return out;
 }
 
+py::array_t<float> mean_over_tokens(py::handle hidden, py::handle mask) {
+    const py::array x = take_array<float>("hidden", hidden, 3, "(B, T, D)");
+    const auto at = [&](py::ssize_t i) { return static_cast<std::size_t>(x.shape(i)); };
+    const std::size_t rows = at(0), tokens = at(1), dim = at(2);
+    const std::string shape = "(" + count_text(rows) + ", " + count_text(tokens) + ")";
+    const py::array live = take_array<bool>("mask", mask, 2, shape);
+    if (live.shape(0) != x.shape(0) || live.shape(1) != x.shape(1))
+        reject_value("mask", "shape " + shape, shape_text(live));
+    py::array_t<float> pooled({rows, dim});
+    float* out = pooled.mutable_data();
+    const float* from = data_of<float>(x);
+    const auto* allowed = static_cast<const std::uint8_t*>(live.data());
+    const py::gil_scoped_release release;
+    for (std::size_t r = 0; r < rows; ++r)
+        masked_mean(from + r * tokens * dim, allowed + r * tokens, tokens, dim, out + r * dim);
+    return pooled;
+}
+
 std::shared_ptr<Path> make_path(py::handle parameter, py::handle certified,
                                 py::handle certified_max, py::handle calibrated,
                                 py::handle calibrated_max) {
@@ -369,6 +388,8 @@ void bind_engine(py::module_& module) {
         .def("choose_path", &path_choices, py::arg("x"), py::arg("mode"),
              py::arg("price_usd") = none,
              "Choice of every row at every vertex of the mode's path, (V, B) int32.");
+    module.def("masked_mean", &mean_over_tokens, py::arg("hidden"), py::arg("mask"),
+               "Mean of hidden states (B, T, D) over the tokens that count, (B, D) float32.");
     add_method(cls, &kRoute);
     add_method(cls, &kScores);
 }

@@ -1,6 +1,8 @@
 #include "forward.hpp"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "hashing.hpp"
 #include "simd.hpp"
@@ -208,6 +210,62 @@ struct Score {
     }
 };
 
+inline constexpr std::size_t kPoolingLanes = 8;
+
+// Vecs vectors of columns of all tokens, their lanes in registers; `mask` is all ones or 0 a token.
+template <typename S, int Vecs>
+PROTEUS_INLINE void mean_of_columns(const float* x, const std::int32_t* mask, std::size_t tokens,
+                                    std::size_t dim, float count, float* mean) {
+    using Float = typename S::Float;
+    using Int = typename S::Int;
+    Float lane[kPoolingLanes][Vecs] = {};
+    const auto add = [&](std::size_t token, std::size_t l) {
+        const Int keep = Int{} + mask[token];
+#pragma GCC unroll 2
+        for (int v = 0; v < Vecs; ++v) {
+            const Int bits = bits_as<Int>(load<S>(x + token * dim + v * S::kFloats));
+            lane[l][v] += bits_as<Float>(bits & keep);
+        }
+    };
+    std::size_t token = 0;
+    for (; token + kPoolingLanes <= tokens; token += kPoolingLanes)
+#pragma GCC unroll 8
+        for (std::size_t l = 0; l < kPoolingLanes; ++l) add(token + l, l);
+#pragma GCC unroll 8
+    for (std::size_t l = 0; l < kPoolingLanes; ++l)
+        if (token + l < tokens) add(token + l, l);
+#pragma GCC unroll 3
+    for (std::size_t half = kPoolingLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 4
+        for (std::size_t l = 0; l < half; ++l)
+#pragma GCC unroll 2
+            for (int v = 0; v < Vecs; ++v) lane[l][v] += lane[l + half][v];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vecs; ++v) store(mean + v * S::kFloats, lane[0][v] / count);
+}
+
+struct MaskedMean {
+    template <typename S>
+    static PROTEUS_INLINE void run(const float* x, const std::int32_t* mask, std::size_t tokens,
+                                   std::size_t dim, float count, float* mean) {
+        // 16 sums are half of AVX-512's registers; the others have 16 in all
+        constexpr int kVecs = S::kBytes == 64 ? 2 : 1;
+        std::size_t j = 0;
+        for (; j + kVecs * S::kFloats <= dim; j += kVecs * S::kFloats)
+            mean_of_columns<S, kVecs>(x + j, mask, tokens, dim, count, mean + j);
+        for (; j + S::kFloats <= dim; j += S::kFloats)
+            mean_of_columns<S, 1>(x + j, mask, tokens, dim, count, mean + j);
+        for (; j < dim; ++j) {
+            float lane[kPoolingLanes] = {};
+            for (std::size_t t = 0; t < tokens; ++t)
+                if (mask[t]) lane[t % kPoolingLanes] += x[t * dim + j];
+            for (std::size_t half = kPoolingLanes / 2; half > 0; half /= 2)
+                for (std::size_t l = 0; l < half; ++l) lane[l] += lane[l + half];
+            mean[j] = lane[0] / count;
+        }
+    }
+};
+
 struct AllFinite {
     template <typename S>
     static PROTEUS_INLINE bool run(const float* x, std::size_t n) {
@@ -275,6 +333,19 @@ void two_dots(const float* y, const float* w, const float* bias, std::size_t n, 
 void score(const float* p, float mu, const float* b, float cost_weight, const float* c,
            std::size_t n, float* s) {
     dispatch<Score>(p, mu, b, cost_weight, c, n, s);
+}
+
+void masked_mean(const float* x, const std::uint8_t* live, std::size_t tokens, std::size_t dim,
+                 float* mean) {
+    thread_local std::vector<std::int32_t> mask;
+    mask.resize(tokens);
+    std::size_t count = 0;
+    for (std::size_t t = 0; t < tokens; ++t) {
+        mask[t] = live[t] ? -1 : 0;
+        count += live[t] ? 1 : 0;
+    }
+    dispatch<MaskedMean>(x, mask.data(), tokens, dim,
+                         static_cast<float>(std::max<std::size_t>(count, 1)), mean);
 }
 
 bool all_finite(const float* x, std::size_t n) { return dispatch<AllFinite>(x, n); }

@@ -41,6 +41,12 @@ void two_dots(const float* y, const float* w, const float* bias, std::size_t n, 
 void score(const float* p, float mu, const float* b, float cost_weight, const float* c,
            std::size_t n, float* s);
 
+// mean[j] over the tokens of one row that are live (not 0); x is (tokens, dim). Token t goes to
+// lane t mod 8, a lane adds in the order of its tokens, lanes are folded in halves: the order of
+// the GPU kernels. Zeros without a live token; what the others hold, NaN too, does not matter.
+void masked_mean(const float* x, const std::uint8_t* live, std::size_t tokens, std::size_t dim,
+                 float* mean);
+
 bool all_finite(const float* x, std::size_t n);
 
 // Sum over the columns of a row that its hash mixes with the key.

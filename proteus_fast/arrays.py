@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-POOLING_LANES = 8
 _DLPACK_CUDA = 2
 
 
@@ -73,27 +72,3 @@ def to_tau(tau: Any) -> float | NDArray[np.float64]:
     if array.dtype.kind != "f":
         raise TypeError(f"tau: expected a floating dtype, got {array.dtype}")
     return float(array) if array.ndim == 0 else np.ascontiguousarray(array, np.float64)
-
-
-def masked_mean(hidden: NDArray[np.float32], mask: NDArray[Any]) -> NDArray[np.float32]:
-    """Mean of the tokens that count, bit for bit that of the kernels: ``proteus_kernels.pooling`` gives the order.
-
-    Args:
-        hidden: (B, T, D). mask: not 0 where a token counts, (B, T).
-
-    Returns:
-        (B, D); a row without tokens is all zeros.
-    """
-    live = mask != 0
-    rows, tokens, dim = hidden.shape
-    lanes = np.zeros((rows, POOLING_LANES, dim), np.float32)
-    for start in range(0, tokens, POOLING_LANES):
-        some = slice(start, start + POOLING_LANES)
-        part = np.where(live[:, some, None], hidden[:, some], np.float32(0.0))
-        lanes[:, : part.shape[1]] += part
-    while lanes.shape[1] > 1:
-        half = lanes.shape[1] // 2
-        lanes = lanes[:, :half] + lanes[:, half:]
-    count = np.maximum(live.sum(axis=1, keepdims=True), 1).astype(np.float32)
-    mean: NDArray[np.float32] = lanes[:, 0] / count
-    return mean

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proteus_fast.arrays import masked_mean
+from proteus_fast import _core
 
 if TYPE_CHECKING:
     from proteus_kernels.deberta import DebertaEncoder
@@ -210,7 +210,7 @@ class TransformerEncoder:
                 else:
                     hidden = self._model(input_ids=torch.tensor([tokens])).last_hidden_state
                 every = np.ones(hidden.shape[:2], bool)
-                pooled[row] = masked_mean(hidden.float().numpy(), every)[0]
+                pooled[row] = _core.masked_mean(hidden.float().contiguous().numpy(), every)[0]
         return pooled
 
     def _encode_in_batches(self, ids: Sequence[list[int]]) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proteus_fast import _core, checkpoint
-from proteus_fast.arrays import from_numpy, is_for_torch, masked_mean, to_float32, to_numpy, to_tau
+from proteus_fast.arrays import from_numpy, is_for_torch, to_float32, to_numpy, to_tau
 from proteus_fast.certificate import Certificate, Guarantee, Mode, Status, tau_index
 from proteus_fast.encoder import LazyEncoder, check_source
 from proteus_fast.pool import Pool
@@ -426,7 +426,7 @@ class Router:
         tokens = to_numpy(mask, "mask")
         if tokens.shape != x.shape[:2]:
             raise ValueError(f"mask: expected shape {x.shape[:2]}, got {tokens.shape}")
-        return masked_mean(to_float32(x, "tensor"), tokens)
+        return _core.masked_mean(to_float32(x, "tensor"), np.ascontiguousarray(tokens != 0))
 
     def check_strict(
         self, status: NDArray[np.uint8], tau: float | NDArray[np.float64], mode: Mode | None, guarantee: Guarantee

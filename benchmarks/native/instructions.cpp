@@ -15,6 +15,7 @@
 
 #include "engine.hpp"
 #include "fixture.hpp"
+#include "forward.hpp"
 #include "hashing.hpp"
 #include "random.hpp"
 
@@ -107,6 +108,19 @@ Work hash_row() {
     return [x] { return row_hash(x.data(), x.size(), 99); };
 }
 
+Work pool_tokens() {
+    const std::size_t tokens = 64;
+    const std::size_t dim = 384;
+    const auto x = fixture::random_rows(tokens, dim, 3);
+    const auto mean = std::make_shared<std::vector<float>>(dim);
+    std::vector<std::uint8_t> live(tokens, 1);
+    for (std::size_t t = 0; t < tokens; t += 5) live[t] = 0;
+    return [x, live, mean, tokens, dim] {
+        masked_mean(x.data(), live.data(), tokens, dim, mean->data());
+        return std::uint64_t{bits_as<std::uint32_t>(mean->back())};
+    };
+}
+
 // not inlined: the loop over samples would become another program than the engine's
 [[gnu::noinline]] std::uint64_t draw_words(std::uint64_t row) { return philox_try(7, row, 0)[3]; }
 
@@ -152,6 +166,7 @@ std::vector<Case> make_cases() {
         {"encode_short", 1, [] { return encode_text(std::string(kShortText)); }},
         {"encode_long", 1, [] { return encode_text(make_long_text()); }},
         {"row_hash", 1, hash_row},
+        {"masked_mean", 1, pool_tokens},
         {"philox", kSamples, draw_philox},
         {"sample_beta", kSamples, sample},
     };

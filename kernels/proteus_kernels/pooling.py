@@ -15,7 +15,6 @@ from torch import Tensor
 from proteus_kernels.launch import check_cuda, launch
 from proteus_kernels.layout import power_of_two
 
-LANES = 8
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

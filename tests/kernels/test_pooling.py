@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from proteus_fast.arrays import POOLING_LANES
-from proteus_fast.arrays import masked_mean as masked_mean_on_cpu
+from proteus_fast._core import masked_mean as masked_mean_on_cpu
 from proteus_kernels import pooling, reference
 from tests.core.routers import random_router
 from tests.kernels.snapshots import DEVICE, build, decide
@@ -52,10 +51,6 @@ def test_packed_is_padded_to_the_bit(dtype: torch.dtype, index_dtype: torch.dtyp
     packed = pooling.varlen_mean(hidden[mask].to(DEVICE), ends.to(DEVICE))
     assert torch.equal(packed, pooling.masked_mean(hidden.to(DEVICE), mask.to(DEVICE)))
     assert torch.equal(packed[0], torch.zeros(200, device=DEVICE))
-
-
-def test_the_lanes_are_the_same_on_both_sides() -> None:
-    assert pooling.LANES == POOLING_LANES
 
 
 def test_views_are_taken_as_they_lie() -> None:

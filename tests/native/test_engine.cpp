@@ -6,6 +6,7 @@
 
 #include "engine.hpp"
 #include "fixture.hpp"
+#include "forward.hpp"
 
 using namespace proteus;
 using fixture::make_snapshot;
@@ -179,9 +180,36 @@ void threads_share_snapshots() {
     swapper.join();
 }
 
+// In the order that forward.hpp gives, written out: a kernel on a GPU adds in it too.
+void means_add_in_lanes() {
+    for (const std::size_t dim : {1u, 15u, 16u, 33u, 384u})
+        for (const std::size_t tokens : {0u, 1u, 7u, 8u, 9u, 64u}) {
+            auto x = fixture::random_rows(std::max<std::size_t>(tokens, 1), dim, 11);
+            std::vector<std::uint8_t> live(tokens, 1);
+            std::size_t count = tokens;
+            for (std::size_t t = 0; t < tokens; t += 3) {
+                live[t] = 0;
+                --count;
+                // what does not count is not looked at
+                for (std::size_t j = 0; j < dim; ++j) x[t * dim + j] = std::nanf("");
+            }
+            std::vector<float> mean(dim, 77.0f);
+            masked_mean(x.data(), live.data(), tokens, dim, mean.data());
+            for (std::size_t j = 0; j < dim; ++j) {
+                float lane[8] = {};
+                for (std::size_t t = 0; t < tokens; ++t)
+                    if (live[t]) lane[t % 8] += x[t * dim + j];
+                const float sum = ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+                                  ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+                CHECK(mean[j] == sum / static_cast<float>(std::max<std::size_t>(count, 1)));
+            }
+        }
+}
+
 }  // namespace
 
 int main() {
+    means_add_in_lanes();
     batch_equals_singles();
     bad_values_make_invalid_rows();
     wrong_tensors_are_named();
