@@ -54,6 +54,16 @@ def test_parity_with_the_reference_and_the_core(seed: int) -> None:
         assert_parity(router, snapshot, *random_call(rng, router, rows))
 
 
+@pytest.mark.verify
+def test_parity_on_fifty_thousand_rows() -> None:
+    for seed in range(1000, 1250):
+        rng = np.random.default_rng(seed)
+        router = random_router(rng)
+        snapshot = build(router)
+        for _ in range(2):
+            assert_parity(router, snapshot, *random_call(rng, router, 100))
+
+
 SHAPES = [
     {"dim": 256, "width": 0, "candidates": 11, "hidden": 256},
     {"dim": 768, "width": 256, "candidates": 64, "hidden": 256},
