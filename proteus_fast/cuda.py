@@ -123,9 +123,7 @@ def route_batch(
 ) -> Answers:
     """``Router.route_batch`` for CUDA arrays, and for every tensor while torch.compile traces."""
     if torch.compiler.is_compiling():
-        if strict:
-            raise ValueError("strict: expected False under torch.compile, got True")
-        return _call_operator(router, tensor, tau, mode=mode, guarantee=guarantee, **arguments)
+        return _call_operator(router, tensor, tau, mode=mode, guarantee=guarantee, strict=strict, **arguments)
     x = _to_tensor(tensor)
     answers = decide(router.on_device(x.device), x, tau, mode=mode, guarantee=guarantee, **arguments)
     if strict:
@@ -153,11 +151,11 @@ def capture(
 
 def _run_operator(
     tensor: Tensor, tau: Any, number: float, mask: Any, available: Any, price_usd: Any, ids: Any, mode: Any,
-    guarantee: Any, seed: Any, seed_number: int, sample: bool, router: int,
+    guarantee: Any, seed: Any, seed_number: int, sample: bool, strict: bool, router: int,
 ) -> Answers:  # fmt: skip
     batch = by_number[router].route_batch(
         tensor, number if tau is None else tau, mask=mask, available=available, price_usd=price_usd, ids=ids, mode=mode,
-        guarantee=guarantee, sample=sample, seed=seed_number & _MASK64 if seed is None else seed,
+        guarantee=guarantee, sample=sample, seed=seed_number & _MASK64 if seed is None else seed, strict=strict,
     )  # fmt: skip
     return batch.choice, batch.mu, batch.score, batch.status, batch.certified_floor
 
@@ -180,7 +178,7 @@ _operator = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor tensor, Tensor? tau, float number, Tensor? mask, Tensor? available, Tensor? price_usd, Tensor? ids, "
-        "str? mode, str guarantee, Tensor? seed, int seed_number, bool sample, int router) "
+        "str? mode, str guarantee, Tensor? seed, int seed_number, bool sample, bool strict, int router) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
@@ -189,13 +187,26 @@ _operator.register_fake(_shape_answers)
 
 def _call_operator(
     router: Router, tensor: Tensor, tau: Any, *, mask: Any, available: Any, price_usd: Any, ids: Any,
-    mode: Mode | None, guarantee: Guarantee, sample: bool, seed: Any,
+    mode: Mode | None, guarantee: Guarantee, strict: bool, sample: bool, seed: Any,
 ) -> Answers:  # fmt: skip
     number, tau = (0.0, tau) if isinstance(tau, Tensor) else (float(tau), None)
     words, seed = (0, seed) if isinstance(seed, Tensor) else (seed or 0, None)
     # the operator's integers are signed
     words = words - (1 << 64) if words >> 63 else words
     answers: Answers = _operator(
-        tensor, tau, number, mask, available, price_usd, ids, mode, guarantee, seed, words, sample, router.number
+        tensor,
+        tau,
+        number,
+        mask,
+        available,
+        price_usd,
+        ids,
+        mode,
+        guarantee,
+        seed,
+        words,
+        sample,
+        strict,
+        router.number,
     )
     return answers

@@ -72,7 +72,7 @@ class RouteBatch:
         return len(self.choice)
 
     def __repr__(self) -> str:
-        return f"RouteBatch(choice={self.choice!r}, mu={self.mu!r}, score={self.score!r}, status={self.status!r})"
+        return f"RouteBatch({', '.join(f'{name}={getattr(self, name)!r}' for name in sorted(self.__slots__))})"
 
 
 class Decision(NamedTuple):

@@ -166,13 +166,15 @@ def test_compiled_graphs_hold_one_call(router: Router, x: np.ndarray) -> None:
     for tau, options in cases:
         for got, expected in zip(compiled(rows, tau, **options), route(rows, tau, **options), strict=True):
             assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match=r"^tau: expected at most .*, got 1 at row 0"):
+        compiled(rows, 1.0, strict=True)
     inside = compiled(rows[:3], 0.8)
     assert torch.equal(inside[0], route(rows[:3], 0.8)[0])
 
 
 def test_the_operator_keeps_torchs_rules(router: Router, x: np.ndarray) -> None:
     rows = torch.from_numpy(x[:4])
-    arguments = (rows, None, 0.8, None, None, None, None, None, "certified", None, 0, False, router.number)
+    arguments = (rows, None, 0.8, None, None, None, None, None, "certified", None, 0, False, False, router.number)
     torch.library.opcheck(torch.ops.proteus_fast.route_batch.default, arguments)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -321,6 +322,8 @@ def train(config: TrainConfig) -> Path:
         raise ValueError(f"mode: expected one of dual, policy, cheaper, got {config.mode!r}")
     if config.device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {config.device!r}")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected 'cpu' where torch sees no CUDA device, got 'cuda'")
     if config.seed < 0:
         raise ValueError(f"seed: expected an integer of at least 0, got {config.seed}")
     if config.table_rows < 2 or config.table_rows & (config.table_rows - 1):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from proteus_fast import checkpoint
 from proteus_fast.certificate import Status
@@ -92,6 +93,11 @@ def test_a_stopped_run_is_taken_up(data: Path, tmp_path: Path, monkeypatch: pyte
         ({"table_rows": 1000}, "table_rows: expected a power of two"),
         ({"mode": "fast", "policy": POLICY}, "mode: expected"),
         ({"mode": "policy", "policy": POLICY, "device": "abacus"}, "device: expected"),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [({"device": "cuda"}, "device: expected 'cpu' where torch sees no CUDA")]
+        ),
         ({"seed": -1}, "seed: expected"),
     ],
 )
