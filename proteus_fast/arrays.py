@@ -42,6 +42,12 @@ def to_numpy(tensor: Any, name: str) -> NDArray[Any]:
     raise TypeError(f"{name}: expected a NumPy array, torch tensor or DLPack array, got {type(tensor).__name__}")
 
 
+def to_host(array: Any) -> NDArray[Any]:
+    """An array as NumPy, from a GPU too, for which this waits."""
+    host: NDArray[Any] = array if isinstance(array, np.ndarray) else array.cpu().numpy()
+    return host
+
+
 def from_numpy(array: NDArray[Any], like: Any) -> Any:
     """Give ``array`` the kind of ``like``."""
     torch = sys.modules.get("torch")

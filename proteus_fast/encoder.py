@@ -1,6 +1,6 @@
 """Transformer encoders from local Hugging Face directories: text -> mean of the last hidden states.
 
-The hash encoder lives in the core; this file is imported when a checkpoint asks for a transformer.
+The hash encoder lives in the core. torch and transformers are imported with the first text for a transformer.
 """
 
 from __future__ import annotations

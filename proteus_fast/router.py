@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proteus_fast import _core, checkpoint
-from proteus_fast.arrays import from_numpy, is_for_torch, to_float32, to_numpy, to_tau
+from proteus_fast.arrays import from_numpy, is_for_torch, to_float32, to_host, to_numpy, to_tau
 from proteus_fast.certificate import Certificate, Guarantee, Mode, Status, tau_index
 from proteus_fast.encoder import LazyEncoder, check_source
 from proteus_fast.pool import Pool
@@ -368,7 +368,7 @@ class Router:
         prices = None if price_usd is None else np.asarray(price_usd, np.float32)
         if prices is not None and not (np.isfinite(prices) & (prices >= 0)).all():
             raise ValueError("price_usd: expected finite values >= 0, got others")
-        x = self.encode([query])
+        x = to_host(self.encode([query]))
         choice, mu, score, status, floor, predicted, scores = self.snapshot.scores(
             x, tau, mode, guarantee, mask, prices
         )

@@ -174,6 +174,15 @@ def test_a_checkpoint_refers_to_its_transformer(routed: Path, bert: Path, tmp_pa
     assert json.loads((saved / "config.json").read_text())["encoder"]["directory"] == str(moved)
 
 
+def test_a_text_is_routed_whose_embedding_is_a_tensor(routed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a transformer on a GPU gives it."""
+    router = Router.load(routed)
+    expected = router.route(TEXTS[0], 0.8)
+    encode = router._encoder.encode
+    monkeypatch.setattr(router._encoder, "encode", lambda texts: torch.from_numpy(encode(texts)))
+    assert router.route(TEXTS[0], 0.8) == expected
+
+
 def test_a_checkpoint_whose_transformer_is_elsewhere_is_refused(routed: Path, bert: Path, tmp_path: Path) -> None:
     folder = tmp_path / "router"
     shutil.copytree(routed, folder)

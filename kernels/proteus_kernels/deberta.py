@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from proteus_kernels.reference import log_bucket_ref
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # numbers of a product of all of a sequence's tokens with a position table, on the CPU
 _CACHED = 1 << 20
 # name: what is supported, what transformers takes where it is absent
@@ -185,7 +185,7 @@ class DebertaEncoder:
         self.device = torch.device(device)
         self.dtype = dtype
         self.longest = self.sizes.max_positions if longest is None else longest
-        if dtype not in FLOATS:
+        if dtype not in WEIGHT_DTYPES:
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         if self.longest < 1:
             raise ValueError(f"longest: expected at least 1, got {longest}")

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from proteus_kernels.deberta import WEIGHT_DTYPES
 from proteus_kernels.launch import check_cuda, launch
 from proteus_kernels.layout import power_of_two
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (16, 32, 64)
 _LOG2_E = 1.4426950408889634
 
@@ -132,7 +132,7 @@ def disentangled_attention(
     Returns:
         (N, heads, d). Scores, softmax and sums are float32; products of float32 are three TF32 ones.
     """
-    check_cuda("q", q, FLOATS, 3)
+    check_cuda("q", q, WEIGHT_DTYPES, 3)
     tokens, heads, dim = q.shape
     if dim not in HEAD_DIMS:
         raise ValueError(f"q: expected a last dimension of {HEAD_DIMS}, got {dim}")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from proteus_kernels.launch import INTERPRETED
-from proteus_kernels.snapshot import FLOATS, Decisions, Snapshot
+from proteus_kernels.launch import FLOATS, INTERPRETED
+from proteus_kernels.snapshot import Decisions, Snapshot
 
 SMALLEST_BUCKET = 16
 MOST_WINDOWS = 256

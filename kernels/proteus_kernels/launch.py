@@ -14,6 +14,9 @@ from torch import Tensor
 # set before Triton is imported, it runs kernels on the CPU: that is how they are tested without a GPU
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# of rows, hidden states, targets and prices: whatever the caller computes with
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 _lock = threading.Lock()
 
 

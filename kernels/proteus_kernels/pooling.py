@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proteus_kernels.launch import check_cuda, launch
+from proteus_kernels.launch import FLOATS, check_cuda, launch
 from proteus_kernels.layout import power_of_two
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -103,7 +101,7 @@ def masked_mean(hidden: Tensor, mask: Tensor, out: Tensor | None = None) -> Tens
     """Average the hidden states of the tokens that count.
 
     Args:
-        hidden: (B, T, D), float32, bfloat16 or float16, columns next to each other.
+        hidden: (B, T, D), float32, bfloat16, float16 or float64.
         mask: not 0 where a token counts, (B, T), bool, integer or floating; what the others hold does not matter.
         out: where to write, (B, D) float32.
 
@@ -128,7 +126,7 @@ def varlen_mean(hidden: Tensor, cu_seqlens: Tensor, out: Tensor | None = None) -
     """Average the hidden states of each sequence of a packed batch.
 
     Args:
-        hidden: (N, D), the tokens of all sequences one after another, float32, bfloat16 or float16.
+        hidden: (N, D), the tokens of all sequences one after another, of the same dtypes.
         cu_seqlens: where each sequence starts and the last one ends, (B + 1,) int32 or int64, on the device.
         out: where to write, (B, D) float32.
 

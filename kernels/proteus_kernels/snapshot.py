@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proteus_kernels.decide import decide_kernel
-from proteus_kernels.launch import launch
+from proteus_kernels.launch import FLOATS, launch
 from proteus_kernels.layout import TAU_STEPS, pack, padded
 from proteus_kernels.pooling import check_mask, columns_together, masked_mean
 
 FEASIBLE, INFEASIBLE, UNCERTIFIED, INVALID = 1, 2, 3, 4
-# of rows, targets and prices: whatever the caller computes with
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -190,9 +188,8 @@ class Snapshot:
         """Decide a batch on the current stream, in one launch; nothing is waited for, no value is looked at.
 
         Args:
-            x: rows, (B, D), float32, bfloat16, float16 or float64; or hidden states, (B, T, D), float32, bfloat16 or
-                float16, with ``mask`` (B, T), which are pooled first: in the same launch where B is 1, else in one
-                more.
+            x: rows, (B, D), float32, bfloat16, float16 or float64; or hidden states, (B, T, D), with ``mask``
+                (B, T), which are pooled first: in the same launch where B is 1, else in one more.
             tau: target in [0, 1], or (B,) or () on the device.
             mode, guarantee: as in ``Router.route_batch``. available: bool, (K,) or (B, K). price_usd: (K,) or (B, K).
             ids: (B,) int64 or uint64. state: seed and offset of sampled preferences, (2,) int64, seen as unsigned; None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from proteus_fast.arrays import to_host
 from proteus_fast.checkpoint import Array
 from proteus_fast.encoder import EncoderSource, TransformerEncoder
 from proteus_fast.training.predictor import Float32, FloatArray, Shrinkage, Trial, fit_dual, fit_shrinkages
@@ -43,8 +44,7 @@ def embed(source: EncoderSource, texts: Sequence[str], tick: Callable[[], None],
     parts = [part for part in np.array_split(np.arange(len(texts)), 100) if len(part)]
     found = []
     for part in parts:
-        encoded = encoder.encode([texts[i] for i in part])
-        found.append(encoded if isinstance(encoded, np.ndarray) else encoded.cpu().numpy())
+        found.append(to_host(encoder.encode([texts[i] for i in part])))
         tick()
     return np.concatenate(found)
 

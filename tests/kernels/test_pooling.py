@@ -11,7 +11,7 @@ from proteus_kernels import pooling, reference
 from tests.core.routers import random_router
 from tests.kernels.snapshots import DEVICE, build, decide
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1, 1), (3, 17, 79), (2, 64, 768), (5, 9, 1024), (4, 33, 256), (2, 100, 300)]
 
 
@@ -102,7 +102,7 @@ def test_wrong_arguments() -> None:
         pooling.masked_mean(hidden, mask.to("meta"))
     with pytest.raises(ValueError, match=r"^tensor: expected hidden states \(B, T, D\)"):
         pooling.masked_mean(hidden[0], mask)
-    with pytest.raises(TypeError, match=r"^tensor: expected float32 or bfloat16 or float16, got int32"):
+    with pytest.raises(TypeError, match=r"^tensor: expected float32 or bfloat16 or float16 or float64, got int32"):
         pooling.masked_mean(hidden.int(), mask)
     with pytest.raises(TypeError, match=r"^cu_seqlens: expected int32 or int64, got float32"):
         pooling.varlen_mean(hidden[0], mask[0])
