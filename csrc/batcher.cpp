@@ -1,16 +1,20 @@
 #include "batcher.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <string>
 #include <utility>
 
 namespace proteus {
 
-// State of one call. The worker and the waiter each hold a reference, so either may leave first.
+// State of one call. The lane and the waiter each hold a reference, so either may leave first.
 class Batcher::Entry {
   public:
     enum class State { kQueued, kRunning, kDone, kAbandoned };
 
-    explicit Entry(Query given) : query(std::move(given)), enqueued(Clock::now()) {}
+    Entry(Query given, std::size_t cost, Done call)
+        : query(std::move(given)), tokens(cost), enqueued(Clock::now()), done_(std::move(call)) {}
 
     // False if the waiter has left.
     bool start() {
@@ -21,26 +25,25 @@ class Batcher::Entry {
     }
 
     void finish(Answer answer) {
-        {
-            const std::lock_guard lock(mutex_);
-            answer_ = std::move(answer);
-            if (state_ != State::kAbandoned) state_ = State::kDone;
-        }
-        changed_.notify_all();
+        settle([&] { answer_ = std::move(answer); });
     }
 
     void fail(std::exception_ptr error) {
-        {
-            const std::lock_guard lock(mutex_);
-            error_ = std::move(error);
-            if (state_ != State::kAbandoned) state_ = State::kDone;
-        }
-        changed_.notify_all();
+        settle([&] { error_ = std::move(error); });
     }
 
     void abandon() {
         const std::lock_guard lock(mutex_);
         if (state_ != State::kDone) state_ = State::kAbandoned;
+    }
+
+    bool late(Clock::time_point now) const { return query.deadline && *query.deadline <= now; }
+
+    // Whether computing it is still of use.
+    bool wanted() {
+        if (late(Clock::now())) return false;
+        const std::lock_guard lock(mutex_);
+        return state_ != State::kAbandoned;
     }
 
     bool wait(Clock::duration slice) {
@@ -54,6 +57,11 @@ class Batcher::Entry {
         throw DeadlinePassed("deadline_s: expected an answer in time, got none");
     }
 
+    bool ready() {
+        const std::lock_guard lock(mutex_);
+        return state_ == State::kDone;
+    }
+
     Answer take() {
         const std::lock_guard lock(mutex_);
         if (error_) std::rethrow_exception(error_);
@@ -61,9 +69,23 @@ class Batcher::Entry {
     }
 
     const Query query;
+    const std::size_t tokens;
     const Clock::time_point enqueued;
 
   private:
+    template <typename Keep>
+    void settle(Keep keep) {
+        {
+            const std::lock_guard lock(mutex_);
+            if (state_ == State::kAbandoned) return;
+            keep();
+            state_ = State::kDone;
+        }
+        changed_.notify_all();
+        if (done_) done_();
+    }
+
+    const Done done_;
     std::mutex mutex_;
     std::condition_variable changed_;
     State state_ = State::kQueued;
@@ -73,130 +95,41 @@ class Batcher::Entry {
 
 namespace {
 
+// The batcher whose lane this thread is: a backend that waits for itself would wait for ever.
+thread_local const Batcher* lane_of = nullptr;
+
 std::int64_t nanoseconds(Clock::duration duration) {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(duration).count();
 }
 
-// A swap may bring a snapshot for which a queued entry is wrong, so this is checked twice.
-void check(const Query& query, const Snapshot& snapshot) {
-    if (query.mode == Mode::kPolicy && !snapshot.policy)
-        throw std::invalid_argument(
-            "mode: expected \"dual\" (the checkpoint has no policy), got \"policy\"");
-    if (!query.texts.empty()) {
-        if (!snapshot.options.encoder)
-            throw std::invalid_argument(
-                "texts: expected None (the checkpoint has no hash encoder), got texts");
-    } else if (query.x.size() != query.rows * snapshot.input_dim) {
-        throw std::invalid_argument("x: expected shape (" + std::to_string(query.rows) + ", " +
-                                    std::to_string(snapshot.input_dim) + "), got " +
-                                    std::to_string(query.x.size()) + " values");
-    }
-}
-
-// Rows of the entries that share mode and guarantee, and where their answers begin.
-struct Group {
-    Mode mode;
-    Guarantee guarantee;
-    std::vector<std::size_t> entries;
-    std::size_t rows = 0;
-};
-
-std::vector<Group> group_entries(const std::vector<const Query*>& queries, Mode default_mode) {
-    std::vector<Group> groups;
-    for (std::size_t i = 0; i < queries.size(); ++i) {
-        const Mode mode = queries[i]->mode.value_or(default_mode);
-        const Guarantee guarantee = queries[i]->guarantee;
-        auto group = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
-            return g.mode == mode && g.guarantee == guarantee;
-        });
-        if (group == groups.end()) group = groups.insert(group, {mode, guarantee, {}, 0});
-        group->entries.push_back(i);
-        group->rows += queries[i]->rows;
-    }
-    return groups;
-}
-
-// Flat arguments and results of one group.
-struct GroupBuffers {
-    std::vector<float> x;
-    std::vector<double> tau;
-    std::vector<std::uint64_t> available;
-    Answer answer;
-
-    void resize(std::size_t rows, std::size_t candidates) {
-        available.resize(rows);
-        tau.resize(rows);
-        answer.choice.resize(rows);
-        answer.mu.resize(rows);
-        answer.score.resize(rows);
-        answer.status.resize(rows);
-        answer.certified_floor.resize(rows);
-        answer.scores.resize(rows * candidates);
-    }
-};
-
-template <typename T>
-std::vector<T> part(const std::vector<T>& from, std::size_t first, std::size_t count) {
-    return {from.begin() + first, from.begin() + first + count};
-}
-
-Answer answer_part(const Answer& from, std::size_t first, std::size_t rows, std::size_t k) {
-    Answer answer;
-    answer.choice = part(from.choice, first, rows);
-    answer.mu = part(from.mu, first, rows);
-    answer.score = part(from.score, first, rows);
-    answer.status = part(from.status, first, rows);
-    answer.certified_floor = part(from.certified_floor, first, rows);
-    answer.scores = part(from.scores, first * k, rows * k);
-    answer.candidates = k;
-    return answer;
-}
-
-void fill_inputs(const Snapshot& snapshot, const Group& group,
-                 const std::vector<const Query*>& queries, GroupBuffers& buffers) {
-    const std::size_t dim = snapshot.input_dim;
-    buffers.x.resize(group.rows * dim);
-    buffers.resize(group.rows, snapshot.candidates);
-    std::size_t row = 0;
-    for (const std::size_t entry : group.entries) {
-        const Query& query = *queries[entry];
-        std::copy(query.x.begin(), query.x.end(), buffers.x.begin() + row * dim);
-        for (std::size_t r = 0; r < query.rows; ++r, ++row) {
-            buffers.tau[row] = query.tau.size() == 1 ? query.tau[0] : query.tau[r];
-            buffers.available[row] = query.available;
-            if (!query.texts.empty())
-                snapshot.options.encoder->encode(query.texts[r], buffers.x.data() + row * dim);
-        }
-    }
-}
-
-void decide_group(const Snapshot& snapshot, const Group& group, GroupBuffers& buffers) {
-    Request request;
-    request.x = buffers.x.data();
-    request.rows = group.rows;
-    request.tau = buffers.tau.data();
-    request.tau_stride = 1;
-    request.mode = group.mode;
-    request.guarantee = group.guarantee;
-    request.available = buffers.available.data();
-    request.available_stride = 1;
-    Answer& out = buffers.answer;
-    decide(snapshot, request,
-           {out.choice.data(), out.mu.data(), out.score.data(), out.status.data(),
-            out.certified_floor.data(), nullptr, out.scores.data()});
+void count(std::atomic<std::uint64_t>& counter, std::uint64_t more = 1) {
+    counter.fetch_add(more, std::memory_order_relaxed);
 }
 
 std::runtime_error closed_error() { return std::runtime_error("batcher: closed"); }
 
 }  // namespace
 
-Batcher::Batcher(std::shared_ptr<const Snapshot> snapshot, BatcherOptions options)
-    : options_(options), snapshot_(std::move(snapshot)) {
+Batcher::Batcher(std::shared_ptr<const Snapshot> snapshot, BatcherOptions options, Backend backend,
+                 const Batcher* before)
+    : options_(options),
+      backend_(std::move(backend)),
+      process_(::getpid()),
+      shared_counters_(before ? before->shared_counters_ : std::make_shared<Counters>()),
+      counters_(*shared_counters_),
+      snapshot_(std::move(snapshot)) {
     if (options_.max_batch_size == 0)
         throw std::invalid_argument("max_batch_size: expected at least 1, got 0");
     if (options_.max_queue_rows == 0)
         throw std::invalid_argument("max_queue_rows: expected at least 1, got 0");
-    worker_ = std::thread([this] { work(); });
+    if (options_.lanes == 0) throw std::invalid_argument("lanes: expected at least 1, got 0");
+    try {
+        for (std::size_t i = 0; i < options_.lanes; ++i) lanes_.emplace_back([this] { work(); });
+    } catch (...) {
+        // no thread to be had: those that are there must not be left running
+        close(false);
+        throw;
+    }
 }
 
 Batcher::~Batcher() { close(false); }
@@ -207,35 +140,71 @@ std::shared_ptr<const Snapshot> Batcher::snapshot() const {
 }
 
 void Batcher::swap(std::shared_ptr<const Snapshot> snapshot) {
+    if (backend_.route)
+        throw std::invalid_argument(
+            "snapshot: expected none, as the backend decides by its own, got one");
     // the old one is released after the lock
     const std::lock_guard lock(snapshot_mutex_);
     snapshot_.swap(snapshot);
 }
 
 BatcherStats Batcher::stats() const {
-    const std::lock_guard lock(mutex_);
-    return stats_;
+    const auto get = [](const std::atomic<std::uint64_t>& counter) {
+        return counter.load(std::memory_order_relaxed);
+    };
+    return {get(counters_.submitted), get(counters_.completed), get(counters_.rejected),
+            get(counters_.expired),   get(counters_.failed),    get(counters_.batches),
+            get(counters_.rows),      get(queued_rows_)};
 }
 
-Batcher::Ticket Batcher::submit(Query query) {
+BatcherTimes Batcher::times() const {
+    return {counters_.queue.counts(),
+            counters_.encode.counts(),
+            counters_.decide.counts(),
+            counters_.total.counts(),
+            {counters_.queue.sum_ns(), counters_.encode.sum_ns(), counters_.decide.sum_ns(),
+             counters_.total.sum_ns()}};
+}
+
+bool Batcher::is_foreign() const { return ::getpid() != process_ || lane_of == this; }
+
+// Who waits for lanes that are not there, or for itself, waits for ever.
+void Batcher::refuse_foreign() const {
+    if (!is_foreign()) return;
+    if (lane_of == this)
+        throw std::runtime_error("batcher: expected another caller than its own backend");
+    throw std::runtime_error("batcher: expected the process that made it, got a fork of it");
+}
+
+Batcher::Ticket Batcher::submit(Query query, Done done) {
     if (query.rows == 0) throw std::invalid_argument("x: expected at least one row, got none");
-    check(query, *snapshot());
-    auto ticket = std::make_shared<Entry>(std::move(query));
+    refuse_foreign();
+    check(query, *snapshot(), backend_);
+    // not QueueFull, which says that a later call may do better
+    if (query.rows > options_.max_queue_rows)
+        throw std::invalid_argument((query.x.empty() ? "texts" : "x") +
+                                    std::string(": expected at most ") +
+                                    std::to_string(options_.max_queue_rows) +
+                                    " rows (max_queue_rows), got " + std::to_string(query.rows));
+    const std::size_t tokens = count_tokens(query, options_.tokens);
+    auto ticket = std::make_shared<Entry>(std::move(query), tokens, std::move(done));
     const std::size_t rows = ticket->query.rows;
     {
         const std::lock_guard lock(mutex_);
         if (closed_) throw closed_error();
-        if (ticket->query.deadline && *ticket->query.deadline <= ticket->enqueued) {
-            ++stats_.expired;
+        if (ticket->late(ticket->enqueued)) {
+            count(counters_.expired);
             throw DeadlinePassed("deadline_s: expected time to compute, got none");
         }
-        if (stats_.queued_rows + rows > options_.max_queue_rows) {
-            ++stats_.rejected;
+        const std::uint64_t queued = queued_rows_ + rows;
+        if (queued > options_.max_queue_rows) {
+            count(counters_.rejected);
             throw QueueFull("queue: expected at most " + std::to_string(options_.max_queue_rows) +
-                            " rows, got " + std::to_string(stats_.queued_rows + rows));
+                            " rows, got " + std::to_string(queued));
         }
-        stats_.queued_rows += rows;
-        ++stats_.submitted;
+        queued_rows_ = queued;
+        queued_tokens_ += tokens;
+        count(counters_.submitted);
         queue_.push_back(ticket);
     }
     arrived_.notify_one();
@@ -243,56 +212,82 @@ Batcher::Ticket Batcher::submit(Query query) {
 }
 
 bool Batcher::wait(const Ticket& ticket, Clock::duration slice) { return ticket->wait(slice); }
+bool Batcher::ready(const Ticket& ticket) { return ticket->ready(); }
 Answer Batcher::take(const Ticket& ticket) { return ticket->take(); }
 void Batcher::abandon(const Ticket& ticket) { ticket->abandon(); }
 
 void Batcher::close(bool drain) {
+    // any lock may have been held when the fork was made
+    if (::getpid() != process_) return;
+    refuse_foreign();
     std::deque<Ticket> refused;
     {
         const std::lock_guard lock(mutex_);
         closed_ = true;
         if (!drain) {
             refused.swap(queue_);
-            stats_.queued_rows = 0;
-            stats_.failed += refused.size();
+            queued_rows_ = 0;
+            queued_tokens_ = 0;
+            count(counters_.failed, refused.size());
         }
     }
     arrived_.notify_all();
     for (const Ticket& ticket : refused) ticket->fail(std::make_exception_ptr(closed_error()));
     const std::lock_guard lock(join_mutex_);
-    if (worker_.joinable()) worker_.join();
+    for (auto& lane : lanes_)
+        if (lane.joinable()) lane.join();
 }
 
-// What is there, in order of arrival and up to max_batch_size rows; empty once closed and drained.
+// What is there, in order of arrival and within the limits; empty once closed and drained.
 std::vector<Batcher::Ticket> Batcher::next_batch() {
-    std::unique_lock lock(mutex_);
+    // one lane waits for entries, the others for their turn to: no wake-up goes to a lane that
+    // cannot use it, and a window is one lane's
+    const std::lock_guard turn(turn_);
+    const std::size_t budget = options_.tokens.budget;
     for (;;) {
-        arrived_.wait(lock, [&] { return closed_ || !queue_.empty(); });
-        if (queue_.empty()) return {};
-        if (options_.window.count() > 0) {
-            const auto until = queue_.front()->enqueued + options_.window;
-            arrived_.wait_until(lock, until, [&] {
-                return closed_ || stats_.queued_rows >= options_.max_batch_size;
-            });
-        }
         std::vector<Ticket> batch;
-        std::size_t rows = 0;
-        const auto now = Clock::now();
-        while (!queue_.empty()) {
-            const Ticket& front = queue_.front();
-            const std::size_t more = front->query.rows;
-            if (!batch.empty() && rows + more > options_.max_batch_size) break;
-            const bool late = front->query.deadline && *front->query.deadline <= now;
-            if (!late && front->start()) {
-                rows += more;
-                batch.push_back(front);
-            } else {
-                // the waiter leaves by itself at its deadline
-                ++stats_.expired;
+        // released after the lock, whatever that takes
+        std::vector<Ticket> late;
+        std::vector<Ticket> left;
+        {
+            std::unique_lock lock(mutex_);
+            arrived_.wait(lock, [&] { return closed_ || !queue_.empty(); });
+            if (queue_.empty()) return {};
+            if (options_.window.count() > 0) {
+                const auto until = queue_.front()->enqueued + options_.window;
+                arrived_.wait_until(lock, until, [&] {
+                    return closed_ || queued_rows_ >= options_.max_batch_size ||
+                           (budget > 0 && queued_tokens_ >= budget);
+                });
             }
-            stats_.queued_rows -= more;
-            queue_.pop_front();
+            std::size_t rows = 0;
+            std::size_t tokens = 0;
+            const auto now = Clock::now();
+            while (!queue_.empty()) {
+                Ticket& front = queue_.front();
+                const std::size_t more = front->query.rows;
+                const std::size_t cost = front->tokens;
+                if (!batch.empty() && (rows + more > options_.max_batch_size ||
+                                       (budget > 0 && tokens + cost > budget)))
+                    break;
+                if (front->late(now)) {
+                    late.push_back(std::move(front));
+                } else if (!front->start()) {
+                    left.push_back(std::move(front));
+                } else {
+                    rows += more;
+                    tokens += cost;
+                    batch.push_back(std::move(front));
+                }
+                queued_rows_ -= more;
+                queued_tokens_ -= cost;
+                queue_.pop_front();
+            }
+            count(counters_.expired, late.size() + left.size());
         }
+        for (const Ticket& ticket : late)
+            ticket->fail(std::make_exception_ptr(
+                DeadlinePassed("deadline_s: expected an answer in time, got none")));
         if (!batch.empty()) return batch;
     }
 }
@@ -304,53 +299,52 @@ void Batcher::decide_batch(const std::vector<Ticket>& batch) {
     std::vector<const Query*> queries;
     std::vector<Ticket> taken;
     std::vector<std::pair<Ticket, std::exception_ptr>> refused;
+    std::size_t rows = 0;
     for (const Ticket& ticket : batch) {
         try {
-            check(ticket->query, *snapshot);
+            // again: a swap may have brought a snapshot that a queued entry does not fit
+            check(ticket->query, *snapshot, backend_);
             queries.push_back(&ticket->query);
             taken.push_back(ticket);
+            rows += ticket->query.rows;
         } catch (...) {
             refused.emplace_back(ticket, std::current_exception());
         }
     }
-    std::uint64_t rows = 0;
-    std::uint64_t failed = refused.size();
-    std::vector<Answer> answers(taken.size());
+    std::vector<Answer> answers;
     std::exception_ptr error;
+    bool given_up = false;
     try {
-        const auto groups = group_entries(queries, snapshot->options.default_mode);
-        std::vector<GroupBuffers> buffers(groups.size());
-        for (std::size_t g = 0; g < groups.size(); ++g)
-            fill_inputs(*snapshot, groups[g], queries, buffers[g]);
-        const auto encoded = Clock::now();
-        for (std::size_t g = 0; g < groups.size(); ++g)
-            decide_group(*snapshot, groups[g], buffers[g]);
-        const auto decided = Clock::now();
-        for (std::size_t g = 0; g < groups.size(); ++g) {
-            std::size_t row = 0;
-            for (const std::size_t i : groups[g].entries) {
-                answers[i] =
-                    answer_part(buffers[g].answer, row, queries[i]->rows, snapshot->candidates);
-                answers[i].queue_ns = nanoseconds(begin - taken[i]->enqueued);
-                answers[i].encode_ns = nanoseconds(encoded - begin);
-                answers[i].decide_ns = nanoseconds(decided - encoded);
-                answers[i].version = snapshot->options.version;
-                row += queries[i]->rows;
-            }
-            rows += groups[g].rows;
+        const auto wanted = [&] {
+            return std::any_of(taken.begin(), taken.end(),
+                               [](const Ticket& ticket) { return ticket->wanted(); });
+        };
+        BatchTimes times;
+        answers = compute(*snapshot, backend_, options_.tokens, queries, wanted, times);
+        const auto end = Clock::now();
+        for (std::size_t i = 0; i < taken.size(); ++i) {
+            answers[i].queue_ns = nanoseconds(begin - taken[i]->enqueued);
+            counters_.queue.add(answers[i].queue_ns);
+            counters_.total.add(nanoseconds(end - taken[i]->enqueued));
         }
+        counters_.encode.add(times.encode_ns);
+        counters_.decide.add(times.decide_ns);
+        if (Tally* tally = snapshot->options.tally.get())
+            for (const Answer& answer : answers)
+                for (std::size_t r = 0; r < answer.choice.size(); ++r)
+                    tally->add(answer.choice[r], answer.status[r]);
+        count(counters_.rows, rows);
+    } catch (const DeadlinePassed&) {
+        given_up = true;
+        error = std::current_exception();
     } catch (...) {
         error = std::current_exception();
-        failed += taken.size();
     }
-    {
-        // before the answers leave, so that a caller who has one sees it counted
-        const std::lock_guard lock(mutex_);
-        ++stats_.batches;
-        stats_.rows += rows;
-        stats_.failed += failed;
-        if (!error) stats_.completed += taken.size();
-    }
+    // before the answers leave, so that a caller who has one sees it counted
+    count(counters_.batches);
+    count(counters_.expired, given_up ? taken.size() : 0);
+    count(counters_.failed, refused.size() + (error && !given_up ? taken.size() : 0));
+    count(counters_.completed, error ? 0 : taken.size());
     for (const auto& [ticket, reason] : refused) ticket->fail(reason);
     for (std::size_t i = 0; i < taken.size(); ++i) {
         if (error) {
@@ -362,6 +356,7 @@ void Batcher::decide_batch(const std::vector<Ticket>& batch) {
 }
 
 void Batcher::work() {
+    lane_of = this;
     for (auto batch = next_batch(); !batch.empty(); batch = next_batch()) decide_batch(batch);
 }
 

@@ -1,126 +1,147 @@
-// Bounded queue in front of one worker thread that decides what is there as one batch.
+// Bounded queue in front of threads that decide what is there as one batch.
 #pragma once
 
+#include <sys/types.h>
+
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <stdexcept>
-#include <string>
 #include <thread>
 #include <vector>
 
-#include "engine.hpp"
+#include "batch.hpp"
+#include "histogram.hpp"
 #include "snapshot.hpp"
 
 namespace proteus {
 
-using Clock = std::chrono::steady_clock;
-
 struct QueueFull : std::runtime_error {
     using std::runtime_error::runtime_error;
-};
-struct DeadlinePassed : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-// One caller's rows, as texts or as embeddings.
-struct Query {
-    std::size_t rows = 0;
-    std::vector<ClippedText> texts;  // one a row, or
-    std::vector<float> x;            // (rows, input_dim)
-    std::vector<double> tau;         // one, or one a row
-    std::optional<Mode> mode;        // none: the snapshot's default
-    Guarantee guarantee = Guarantee::kCertified;
-    std::uint64_t available = ~std::uint64_t{0};
-    std::optional<Clock::time_point> deadline;
-};
-
-struct Answer {
-    std::vector<std::int32_t> choice;
-    std::vector<float> mu;
-    std::vector<float> score;
-    std::vector<std::uint8_t> status;
-    std::vector<float> certified_floor;
-    std::vector<float> scores;  // (rows, candidates)
-    std::size_t candidates = 0;
-    std::int64_t queue_ns = 0;
-    std::int64_t encode_ns = 0;  // of the whole batch, as the next
-    std::int64_t decide_ns = 0;
-    std::int64_t version = 0;  // of the snapshot that decided
 };
 
 struct BatcherOptions {
     std::size_t max_batch_size = 256;
     std::size_t max_queue_rows = 4096;
     std::chrono::microseconds window{0};
+    TokenLimits tokens{};
+    // Threads that form and compute batches in turn, one batch each. One is right where the backend
+    // computes on the caller's cores. With two, the next batch is formed, tokenised and launched
+    // while a device computes the one before, and a batch needs no thread to hand it to another.
+    std::size_t lanes = 1;
 };
 
 struct BatcherStats {
     std::uint64_t submitted = 0;  // entries taken into the queue
     std::uint64_t completed = 0;
     std::uint64_t rejected = 0;  // queue full
-    std::uint64_t expired = 0;   // dropped before compute
+    std::uint64_t expired = 0;   // dropped or given up: too late, or nobody waits
     std::uint64_t failed = 0;
     std::uint64_t batches = 0;
     std::uint64_t rows = 0;         // computed
     std::uint64_t queued_rows = 0;  // waiting now
 };
 
+struct BatcherTimes {
+    Histogram::Counts queue;              // of an entry, until its batch began
+    Histogram::Counts encode;             // of a batch
+    Histogram::Counts decide;             // of a batch
+    Histogram::Counts total;              // of an entry, until its answer was there
+    std::array<std::uint64_t, 4> sum_ns;  // of the four
+};
+
 class Batcher {
   public:
     class Entry;
     using Ticket = std::shared_ptr<Entry>;
+    using Done = std::function<void()>;
 
-    Batcher(std::shared_ptr<const Snapshot> snapshot, BatcherOptions options);
+    // Counts go on where those of `before` are, if there is one; it goes on counting too.
+    Batcher(std::shared_ptr<const Snapshot> snapshot, BatcherOptions options, Backend backend = {},
+            const Batcher* before = nullptr);
     ~Batcher();
     Batcher(const Batcher&) = delete;
     Batcher& operator=(const Batcher&) = delete;
 
-    // Throws QueueFull, DeadlinePassed, std::invalid_argument, or std::runtime_error once closed.
-    Ticket submit(Query query);
+    // Throws QueueFull, DeadlinePassed, std::invalid_argument, also for more rows than the queue
+    // ever holds, or std::runtime_error once closed.
+    // `done` is called once, when there is an outcome to take, unless the ticket was abandoned
+    // before: on a lane's thread or the one that closes, under no lock. It may not throw or block;
+    // an event loop's pushes a tag into its Completions.
+    Ticket submit(Query query, Done done = nullptr);
 
     // Waits at most `slice`; true once there is an outcome. Throws DeadlinePassed at the deadline.
     static bool wait(const Ticket& ticket, Clock::duration slice);
 
-    // The answer of a ticket that `wait` reported; throws what went wrong.
+    // Whether there is an outcome.
+    static bool ready(const Ticket& ticket);
+
+    // The answer of a ticket that is ready; throws what went wrong.
     static Answer take(const Ticket& ticket);
 
-    // Tells the worker that nobody waits any more: a queued entry is dropped.
+    // Says that nobody waits any more: a queued entry is dropped when its turn comes.
     static void abandon(const Ticket& ticket);
 
-    // Takes effect between batches.
+    // Takes effect between batches. Throws std::invalid_argument with a backend that decides.
     void swap(std::shared_ptr<const Snapshot> snapshot);
 
-    // Refuses new entries; finishes the queued ones, or fails them. Returns once the worker is
-    // gone.
+    // Refuses new entries; finishes the queued ones, or fails them. Returns once the lanes are
+    // gone, that is, after the batches that are being computed. Nothing happens in a fork.
     void close(bool drain);
 
+    // In a fork, which has no lanes, or on one of its own: it can be neither used nor destroyed.
+    bool is_foreign() const;
+
     BatcherStats stats() const;
+    BatcherTimes times() const;
     std::shared_ptr<const Snapshot> snapshot() const;
+    bool takes_prompts() const { return backend_.takes_prompts(); }
 
   private:
+    struct Counters {
+        std::atomic<std::uint64_t> submitted{0};
+        std::atomic<std::uint64_t> completed{0};
+        std::atomic<std::uint64_t> rejected{0};
+        std::atomic<std::uint64_t> expired{0};
+        std::atomic<std::uint64_t> failed{0};
+        std::atomic<std::uint64_t> batches{0};
+        std::atomic<std::uint64_t> rows{0};
+        Histogram queue;
+        Histogram encode;
+        Histogram decide;
+        Histogram total;
+    };
+
     void work();
     std::vector<Ticket> next_batch();
     void decide_batch(const std::vector<Ticket>& batch);
+    void refuse_foreign() const;
 
     const BatcherOptions options_;
+    const Backend backend_;
+    const pid_t process_;
+    const std::shared_ptr<Counters> shared_counters_;
+    Counters& counters_;
 
     mutable std::mutex snapshot_mutex_;
     std::shared_ptr<const Snapshot> snapshot_;
 
-    mutable std::mutex mutex_;  // guards the next five
+    std::mutex turn_;   // held by the lane that forms a batch
+    std::mutex mutex_;  // guards the next five; the counts are written under it, read without
     std::condition_variable arrived_;
     std::deque<Ticket> queue_;
-    BatcherStats stats_;
+    std::atomic<std::uint64_t> queued_rows_{0};
+    std::uint64_t queued_tokens_ = 0;
     bool closed_ = false;
 
     std::mutex join_mutex_;
-    std::thread worker_;
+    std::vector<std::thread> lanes_;
 };
 
 }  // namespace proteus

@@ -1,15 +1,55 @@
+#include <pthread.h>
+
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <memory>
+#include <thread>
+#include <vector>
 
 #include "batcher.hpp"
 #include "bind.hpp"
+#include "bind_backend.hpp"
+#include "completions.hpp"
 
 namespace proteus::bind {
 namespace {
 
 // How long a waiting call ignores signals.
 constexpr std::chrono::milliseconds kSignalSlice{50};
+
+// Read and written with the GIL.
+struct Exit {
+    bool begun = false;
+    int without_gil = 0;                           // threads inside a Released
+    std::vector<std::weak_ptr<Batcher>> batchers;  // those that live
+};
+
+Exit& exit_state() {
+    static Exit state;
+    return state;
+}
+
+// The GIL released for what blocks. A thread that asks for it back when the interpreter is gone
+// ends the process, a daemon thread at that: the exit waits for those that are inside, and lets
+// none in.
+class Released {
+  public:
+    Released() {
+        if (exit_state().begun) throw std::runtime_error("batcher: closed");
+        ++exit_state().without_gil;
+        state_ = PyEval_SaveThread();
+    }
+    ~Released() {
+        PyEval_RestoreThread(state_);
+        --exit_state().without_gil;
+    }
+    Released(const Released&) = delete;
+    Released& operator=(const Released&) = delete;
+
+  private:
+    PyThreadState* state_;
+};
 
 // An Answer as arrays.
 struct BatchResult {
@@ -43,14 +83,36 @@ BatchResult make_result(const Answer& answer) {
             answer.version};
 }
 
-void take_rows(py::handle texts, py::handle x, Query& query) {
+// Whole texts for a backend, which takes str only: one that UTF-8 cannot hold would fail the batch.
+void take_prompts(py::handle texts, Query& query) {
+    const py::tuple items = py::reinterpret_steal<py::tuple>(PySequence_Tuple(texts.ptr()));
+    if (!items) throw py::error_already_set();
+    for (std::size_t i = 0; i < items.size(); ++i) {
+        const std::string argument = "texts[" + std::to_string(i) + "]";
+        const py::handle item = items[i];
+        if (!PyUnicode_Check(item.ptr())) reject_type(argument, "a str", type_name(item));
+        Py_ssize_t size = 0;
+        const char* text = PyUnicode_AsUTF8AndSize(item.ptr(), &size);
+        if (!text) {
+            PyErr_Clear();
+            reject_value(argument, "text that UTF-8 can hold", "a lone surrogate");
+        }
+        query.prompts.emplace_back(text, static_cast<std::size_t>(size));
+    }
+}
+
+void take_rows(py::handle texts, py::handle x, bool as_prompts, Query& query) {
     if (texts.is_none() == x.is_none())
         reject_type("texts", "texts or x", texts.is_none() ? "neither" : "both");
     if (x.is_none()) {
         const Texts given(texts);
         if (given.views().empty()) reject_value("texts", "at least one text", "none");
-        for (const std::string_view text : given.views()) query.texts.emplace_back(text);
-        query.rows = query.texts.size();
+        if (as_prompts) {
+            take_prompts(texts, query);
+        } else {
+            for (const std::string_view text : given.views()) query.texts.emplace_back(text);
+        }
+        query.rows = as_prompts ? query.prompts.size() : query.texts.size();
         return;
     }
     const py::array rows = take_array<float>("x", x, 2, "(B, D)");
@@ -80,19 +142,26 @@ void take_deadline(py::handle seconds, Query& query) {
                                             std::chrono::duration<double>(std::max(wait, 0.0)));
 }
 
-BatchResult route(Batcher& batcher, py::handle texts, py::handle x, py::handle tau, py::handle mode,
-                  py::handle guarantee, py::handle available, py::handle deadline_s) {
+Query take_query(const Batcher& batcher, py::handle texts, py::handle x, py::handle tau,
+                 py::handle mode, py::handle guarantee, py::handle available,
+                 py::handle deadline_s) {
     Query query;
     take_deadline(deadline_s, query);
-    take_rows(texts, x, query);
+    take_rows(texts, x, batcher.takes_prompts(), query);
     take_taus(tau, query);
     if (!mode.is_none()) query.mode = parse_mode(take_name("mode", mode));
     query.guarantee = parse_guarantee(take_name("guarantee", guarantee));
     query.available = take_integer<std::uint64_t>("available", available);
+    return query;
+}
+
+BatchResult route(Batcher& batcher, py::handle texts, py::handle x, py::handle tau, py::handle mode,
+                  py::handle guarantee, py::handle available, py::handle deadline_s) {
+    Query query = take_query(batcher, texts, x, tau, mode, guarantee, available, deadline_s);
     Answer answer;
     Batcher::Ticket ticket;
     const auto wait = [&](auto slice) {
-        const py::gil_scoped_release release;
+        const Released released;
         if (!ticket) ticket = batcher.submit(std::move(query));
         if (!Batcher::wait(ticket, slice)) return false;
         answer = Batcher::take(ticket);
@@ -105,6 +174,25 @@ BatchResult route(Batcher& batcher, py::handle texts, py::handle x, py::handle t
         }
     }
     return make_result(answer);
+}
+
+// A call that nobody blocks for.
+struct Ticket {
+    Batcher::Ticket entry;
+
+    BatchResult result() const {
+        if (!Batcher::ready(entry))
+            throw std::runtime_error("ticket: expected an outcome, got none yet");
+        return make_result(Batcher::take(entry));
+    }
+};
+
+Ticket submit(Batcher& batcher, py::handle texts, py::handle x, py::handle tau,
+              const std::shared_ptr<Completions>& completions, std::uint64_t tag, py::handle mode,
+              py::handle guarantee, py::handle available, py::handle deadline_s) {
+    Query query = take_query(batcher, texts, x, tau, mode, guarantee, available, deadline_s);
+    const Released released;
+    return {batcher.submit(std::move(query), [completions, tag] { completions->push(tag); })};
 }
 
 py::dict stats(const Batcher& batcher) {
@@ -121,6 +209,24 @@ py::dict stats(const Batcher& batcher) {
     return out;
 }
 
+py::dict times(const Batcher& batcher) {
+    const BatcherTimes counts = batcher.times();
+    const auto array = [](const Histogram::Counts& values) {
+        return py::array_t<std::uint64_t>(static_cast<py::ssize_t>(values.size()), values.data());
+    };
+    Histogram::Counts bounds;
+    for (std::size_t i = 0; i < bounds.size(); ++i) bounds[i] = Histogram::bound_ns(i);
+    py::dict out;
+    out["bound_ns"] = array(bounds);
+    out["queue"] = array(counts.queue);
+    out["encode"] = array(counts.encode);
+    out["decide"] = array(counts.decide);
+    out["total"] = array(counts.total);
+    out["sum_ns"] = py::array_t<std::uint64_t>(static_cast<py::ssize_t>(counts.sum_ns.size()),
+                                               counts.sum_ns.data());
+    return out;
+}
+
 std::shared_ptr<const Snapshot> take_snapshot(py::handle object) {
     auto snapshot = take_shared<Snapshot>("snapshot", "a Snapshot", object);
     if (!snapshot) reject_type("snapshot", "a Snapshot", "None");
@@ -134,24 +240,86 @@ std::size_t take_size(const char* argument, py::handle object, std::int64_t leas
     return static_cast<std::size_t>(value);
 }
 
-// The worker is joined without the GIL; it never takes it, but a waiter may.
-struct ReleaseAndDelete {
+// Joins the lanes without the GIL: a backend that runs needs it to end.
+void close(Batcher& batcher, bool drain) {
+    if (exit_state().begun) return;
+    const Released released;
+    batcher.close(drain);
+}
+
+struct CloseAndDelete {
     void operator()(Batcher* batcher) const {
-        const py::gil_scoped_release release;
+        // a fork, or its own backend, cannot end its lanes: better a leak than a wait without end
+        if (batcher->is_foreign()) return;
+        close(*batcher, false);
         delete batcher;
     }
 };
-using BatcherPointer = std::unique_ptr<Batcher, ReleaseAndDelete>;
+
+// No lane outlives the interpreter: it would ask for the GIL.
+void close_all() {
+    std::vector<std::shared_ptr<Batcher>> batchers;
+    for (const auto& weak : exit_state().batchers)
+        if (auto batcher = weak.lock()) batchers.push_back(std::move(batcher));
+    exit_state().begun = true;
+    {
+        const py::gil_scoped_release release;
+        for (const auto& batcher : batchers) batcher->close(false);
+    }
+    while (exit_state().without_gil > 0) {
+        const py::gil_scoped_release release;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+}
+
+std::shared_ptr<Batcher> make_batcher(py::handle snapshot, py::handle encode, py::handle route,
+                                      py::handle max_batch_size, py::handle max_queue_rows,
+                                      py::handle window_us, py::handle token_budget,
+                                      py::handle max_text_tokens, py::handle lanes,
+                                      py::handle before) {
+    BatcherOptions options;
+    options.max_batch_size = take_size("max_batch_size", max_batch_size, 1);
+    options.max_queue_rows = take_size("max_queue_rows", max_queue_rows, 1);
+    options.window = std::chrono::microseconds(take_size("window_us", window_us, 0));
+    options.tokens.budget = take_size("token_budget", token_budget, 0);
+    options.tokens.text = take_size("max_text_tokens", max_text_tokens, 0);
+    options.lanes = take_size("lanes", lanes, 1);
+    auto held = take_snapshot(snapshot);
+    const auto previous = take_shared<Batcher>("before", "a Batcher or None", before);
+    Backend backend = make_backend(encode, route, held->candidates);
+    const std::shared_ptr<Batcher> batcher(
+        new Batcher(std::move(held), options, std::move(backend), previous.get()),
+        CloseAndDelete());
+    auto& batchers = exit_state().batchers;
+    batchers.erase(std::remove_if(batchers.begin(), batchers.end(),
+                                  [](const auto& weak) { return weak.expired(); }),
+                   batchers.end());
+    batchers.push_back(batcher);
+    return batcher;
+}
+
+void set_error(const BackendFailed& failed) {
+    const py::object error =
+        py::reinterpret_borrow<py::object>(PyExc_RuntimeError)(py::str(failed.what()));
+    PyException_SetCause(error.ptr(), py::handle(failed.cause.get()).inc_ref().ptr());
+    PyErr_SetObject(PyExc_RuntimeError, error.ptr());
+}
 
 }  // namespace
 
 void bind_batcher(py::module_& module) {
+    // the threads that were inside are not in the fork, whose exit would wait for them for ever;
+    // the one that forks has the GIL
+    if (::pthread_atfork(nullptr, nullptr, [] { exit_state().without_gil = 0; }) != 0)
+        throw std::runtime_error("pthread_atfork: expected memory for a handler, got none");
     py::register_exception<QueueFull>(module, "QueueFullError", PyExc_RuntimeError);
     py::register_exception_translator([](std::exception_ptr error) {
         try {
             std::rethrow_exception(error);
         } catch (const DeadlinePassed& passed) {
             PyErr_SetString(PyExc_TimeoutError, passed.what());
+        } catch (const BackendFailed& failed) {
+            set_error(failed);
         }
     });
     py::class_<BatchResult>(module, "BatchResult", py::is_final(), plain_metaclass(),
@@ -166,31 +334,52 @@ void bind_batcher(py::module_& module) {
         .def_readonly("encode_ns", &BatchResult::encode_ns)
         .def_readonly("decide_ns", &BatchResult::decide_ns)
         .def_readonly("version", &BatchResult::version);
+    py::class_<Completions, std::shared_ptr<Completions>>(
+        module, "Completions", py::is_final(), plain_metaclass(),
+        "Tags of calls that have an outcome, behind one descriptor for an event loop.")
+        .def(py::init<>())
+        .def("fileno", &Completions::fd, "The descriptor, readable while a tag waits.")
+        .def(
+            "drain",
+            [](Completions& completions) {
+                py::list tags;
+                for (const std::uint64_t tag : completions.drain()) tags.append(tag);
+                return tags;
+            },
+            "The tags that have arrived since the last call.");
+    py::class_<Ticket>(module, "Ticket", py::is_final(), plain_metaclass(),
+                       "A call that is queued, computed or done.")
+        .def("result", &Ticket::result, "The answer; raises what went wrong.")
+        .def(
+            "abandon", [](const Ticket& ticket) { Batcher::abandon(ticket.entry); },
+            "Say that nobody waits: a queued call is dropped, and no tag comes.");
     const py::object none = py::none();
-    py::class_<Batcher, BatcherPointer>(module, "Batcher", py::is_final(), plain_metaclass(),
-                                        "One worker thread that decides what is there as a batch.")
-        .def(py::init([](py::handle snapshot, py::handle max_batch_size, py::handle max_queue_rows,
-                         py::handle window_us) {
-                 BatcherOptions options;
-                 options.max_batch_size = take_size("max_batch_size", max_batch_size, 1);
-                 options.max_queue_rows = take_size("max_queue_rows", max_queue_rows, 1);
-                 options.window = std::chrono::microseconds(take_size("window_us", window_us, 0));
-                 return BatcherPointer(new Batcher(take_snapshot(snapshot), options));
-             }),
-             py::arg("snapshot"), py::kw_only(), py::arg("max_batch_size") = 256,
-             py::arg("max_queue_rows") = 4096, py::arg("window_us") = 0)
+    py::class_<Batcher, std::shared_ptr<Batcher>>(
+        module, "Batcher", py::is_final(), plain_metaclass(),
+        "Threads that decide what is there as a batch, one unless lanes says otherwise.")
+        .def(py::init(&make_batcher), py::arg("snapshot"), py::kw_only(), py::arg("encode") = none,
+             py::arg("route") = none, py::arg("max_batch_size") = 256,
+             py::arg("max_queue_rows") = 4096, py::arg("window_us") = 0,
+             py::arg("token_budget") = 0, py::arg("max_text_tokens") = 0, py::arg("lanes") = 1,
+             py::arg("before") = none)
         .def("route", &route, py::arg("texts"), py::arg("x"), py::arg("tau"), py::kw_only(),
              py::arg("mode") = none, py::arg("guarantee") = "certified",
              py::arg("available") = ~std::uint64_t{0}, py::arg("deadline_s") = none,
              "Decide rows in a batch with other callers'; blocks without the GIL.")
+        .def("submit", &submit, py::arg("texts"), py::arg("x"), py::arg("tau"), py::kw_only(),
+             py::arg("completions").none(false), py::arg("tag"), py::arg("mode") = none,
+             py::arg("guarantee") = "certified", py::arg("available") = ~std::uint64_t{0},
+             py::arg("deadline_s") = none,
+             "As route, at once: tag comes out of completions when there is an outcome.")
         .def(
             "swap",
             [](Batcher& batcher, py::handle snapshot) { batcher.swap(take_snapshot(snapshot)); },
             py::arg("snapshot"), "Decide the next batches by another snapshot.")
-        .def("close", &Batcher::close, py::arg("drain") = true,
-             py::call_guard<py::gil_scoped_release>(),
+        .def("close", &close, py::arg("drain") = true,
              "Refuse new calls; finish the queued ones, or fail them with drain=False.")
-        .def("stats", &stats, "Counts since the start, and queued_rows now.");
+        .def("stats", &stats, "Counts since the start, and queued_rows now.")
+        .def("times", &times, "Histograms of durations, and the bound above each bucket.");
+    py::module_::import("atexit").attr("register")(py::cpp_function(&close_all));
 }
 
 }  // namespace proteus::bind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -120,9 +121,14 @@ def test_a_full_queue_refuses_at_once() -> None:
             batcher.route(None, ROWS[:3], 0.5)
         assert time.monotonic() - begin < 1.0
         assert issubclass(_core.QueueFullError, RuntimeError)
+        # what never fits is a mistake, not a load
+        for name, texts, x in (("x", None, ROWS[:11]), ("texts", ["text"] * 11, None)):
+            with pytest.raises(ValueError, match=rf"^{name}: expected at most 10 rows \(max_queue_rows\), got 11$"):
+                batcher.route(texts, x, 0.5)
         batcher.close()
         assert len(held.result().choice) == 8
         assert batcher.stats()["rejected"] == 1
+        assert batcher.stats()["submitted"] == 1
 
 
 def test_a_deadline_raises_promptly_and_its_rows_are_not_computed() -> None:
@@ -229,6 +235,67 @@ def test_a_waiting_batcher_costs_nothing() -> None:
         assert time.process_time() - begin < 0.1
 
 
+def test_calls_complete_through_a_descriptor() -> None:
+    completions = _core.Completions()
+    with batcher_of(window_us=100_000) as batcher:
+        tickets = {
+            tag: batcher.submit(None, ROWS[tag : tag + 1], 0.5, completions=completions, tag=tag) for tag in range(5)
+        }
+        with pytest.raises(RuntimeError, match=r"^ticket: expected an outcome, got none yet"):
+            tickets[0].result()
+        tickets.pop(3).abandon()
+        tags: list[int] = []
+        while len(tags) < 4:
+            assert select.select([completions], [], [], 10.0)[0]
+            tags += completions.drain()
+        assert tags == [0, 1, 2, 4]
+        assert completions.drain() == []
+        for tag in tags:
+            assert_equal(tickets[tag].result(), SNAPSHOT.scores(ROWS[tag : tag + 1], 0.5))
+        bounds, total = batcher.times()["bound_ns"], batcher.times()["total"]
+        assert (np.diff(bounds.astype(np.float64)) > 0).all()
+        # four calls, each of which the window held for a tenth of a second
+        assert total.sum() == total[bounds > 100_000_000].sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "text"),
+    [
+        (None, TypeError, "encode: expected a C-contiguous float32 array"),
+        (np.zeros((2, DIM)), TypeError, "encode: expected a C-contiguous float32 array"),
+        (np.zeros((1, DIM), np.float32), ValueError, r"encode: expected shape \(2, 12\), got \(1, 12\)"),
+        (np.zeros((2, DIM + 1), np.float32), ValueError, r"encode: expected shape \(2, 12\), got \(2, 13\)"),
+    ],
+)
+def test_an_encoder_s_wrong_answer(answer: Any, error: type[Exception], text: str) -> None:
+    batcher = _core.Batcher(SNAPSHOT, encode=lambda _: answer)
+    with pytest.raises(error, match=f"^{text}"):
+        batcher.route(["a", "b"], None, 0.5)
+    batcher.close()
+
+
+def test_a_backend_that_decides_is_held_to_its_arrays() -> None:
+    right = [np.zeros(2, t) for t in (np.int32, np.float32, np.float32, np.uint8, np.float32)]
+    answers: list[Any] = [
+        right,
+        [*right, np.ones((2, CANDIDATES), np.float32)],
+        right[:4],
+        [*right[:4], np.zeros(3, np.float32)],
+        [np.zeros(2, np.int64), *right[1:]],
+        [*right, np.ones((2, 3), np.float32)],
+        7,
+    ]
+    batcher = _core.Batcher(SNAPSHOT, route=lambda *_: answers.pop(0))
+    assert batcher.route(["a", "b"], None, 0.5).scores.shape == (2, 0)
+    assert batcher.route(["a", "b"], None, 0.5).scores.sum() == 2 * CANDIDATES
+    while answers:
+        with pytest.raises((TypeError, ValueError), match=r"^route.*: expected"):
+            batcher.route(["a", "b"], None, 0.5)
+    with pytest.raises(ValueError, match=r"^snapshot: expected none"):
+        batcher.swap(SNAPSHOT)
+    batcher.close()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
@@ -260,6 +327,10 @@ def test_wrong_batchers() -> None:
         ({"max_queue_rows": 0}, ValueError),
         ({"window_us": -1}, ValueError),
         ({"window_us": 0.5}, TypeError),
+        ({"token_budget": -1}, ValueError),
+        ({"lanes": 0}, ValueError),
+        ({"encode": 3}, TypeError),
+        ({"route": max, "encode": max}, TypeError),
     ]:
         with pytest.raises(error, match=rf"^{next(iter(options))}: expected"):
             _core.Batcher(SNAPSHOT, **options)  # type: ignore[arg-type]
