@@ -189,5 +189,6 @@ inline py::metaclass plain_metaclass() {
 void bind_hashing(py::module_& module);
 void bind_engine(py::module_& module);
 void bind_batcher(py::module_& module);
+void bind_listener(py::module_& module);
 
 }  // namespace proteus::bind

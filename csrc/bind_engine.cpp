@@ -367,6 +367,39 @@ std::shared_ptr<Snapshot> make_snapshot(py::handle tensors, py::handle link, py:
     return std::make_shared<Snapshot>(views, std::move(options));
 }
 
+std::shared_ptr<Snapshot> change_snapshot(const Snapshot& from, py::handle price_usd,
+                                          py::handle available, py::handle certified,
+                                          py::handle version, py::handle tally) {
+    Change change;
+    if (!price_usd.is_none()) {
+        const py::array price = take_array<float>("price_usd", price_usd, 1, "(K,)");
+        if (static_cast<std::size_t>(price.size()) != from.candidates)
+            reject_value("price_usd", "shape (" + count_text(from.candidates) + ",)",
+                         shape_text(price));
+        change.price_usd.assign(data_of<float>(price), data_of<float>(price) + price.size());
+    }
+    change.available = take_integer<std::uint64_t>("available", available);
+    if (!PyBool_Check(certified.ptr())) reject_type("certified", "a bool", type_name(certified));
+    change.certified = certified.ptr() == Py_True;
+    change.version = take_integer<std::int64_t>("version", version);
+    change.tally = take_shared<Tally>("tally", "a Tally or None", tally);
+    return std::make_shared<Snapshot>(from.changed(std::move(change)));
+}
+
+py::array_t<std::uint64_t> tally_counts(const Tally& tally) {
+    py::array_t<std::uint64_t> out({tally.candidates() + 1, Tally::kStatuses});
+    for (py::ssize_t i = 0; i < out.size(); ++i)
+        out.mutable_data()[i] = tally.count(static_cast<std::size_t>(i));
+    return out;
+}
+
+std::shared_ptr<Tally> make_tally(py::handle candidates) {
+    const auto count = take_integer<std::int64_t>("candidates", candidates);
+    if (count < 1 || count > static_cast<std::int64_t>(kMaxCandidates))
+        reject_value("candidates", "1 to 64", std::to_string(count));
+    return std::make_shared<Tally>(static_cast<std::size_t>(count));
+}
+
 }  // namespace
 
 void bind_engine(py::module_& module) {
@@ -376,6 +409,12 @@ void bind_engine(py::module_& module) {
         .def(py::init(&make_path), py::arg("parameter"), py::arg("certified"),
              py::arg("certified_max"), py::arg("calibrated"), py::arg("calibrated_max"));
     const py::object none = py::none();
+    py::class_<Tally, std::shared_ptr<Tally>>(module, "Tally", py::is_final(), plain_metaclass(),
+                                              "Rows by candidate and status.")
+        .def(py::init(&make_tally), py::arg("candidates"))
+        .def("counts", &tally_counts,
+             "Counts since the start, (K + 1, 5) uint64: a row a candidate, the last of those "
+             "without one; a column a Status.");
     py::class_<Snapshot, std::shared_ptr<Snapshot>> cls(
         module, "Snapshot", py::is_final(), plain_metaclass(), "Immutable loaded router.");
     cls.def(py::init(&make_snapshot), py::kw_only(), py::arg("tensors"), py::arg("link"),
@@ -385,6 +424,11 @@ void bind_engine(py::module_& module) {
         .def_property_readonly("input_dim", [](const Snapshot& s) { return s.input_dim; })
         .def_property_readonly("candidates", [](const Snapshot& s) { return s.candidates; })
         .def_property_readonly("version", [](const Snapshot& s) { return s.options.version; })
+        .def("changed", &change_snapshot, py::kw_only(), py::arg("price_usd") = none,
+             py::arg("available") = ~std::uint64_t{0}, py::arg("certified") = true,
+             py::arg("version") = 0, py::arg("tally") = none,
+             "The same router with other prices (K,) float32 or fewer candidates; not certified: "
+             "every answer is UNCERTIFIED.")
         .def("choose_path", &path_choices, py::arg("x"), py::arg("mode"),
              py::arg("price_usd") = none,
              "Choice of every row at every vertex of the mode's path, (V, B) int32.");

@@ -188,7 +188,7 @@ Rules make_rules(const Snapshot& snapshot, const Request& request) {
     const bool calibrated = request.guarantee == Guarantee::kCalibrated;
     return {path, path ? &path->steps(request.guarantee) : nullptr,
             request.mode != snapshot.options.default_mode || !path || request.price_usd ||
-                request.ids || request.sample,
+                !snapshot.options.certified || request.ids || request.sample,
             calibrated};
 }
 
@@ -233,7 +233,7 @@ void decide_chunk(const Snapshot& snapshot, const Request& request, const Rules&
     Scratch& buffers = scratch();
     const std::size_t k = snapshot.candidates;
     const std::size_t k_padded = snapshot.predictor.out;
-    const std::uint64_t all = all_candidates(k);
+    const std::uint64_t all = all_candidates(k) & snapshot.options.available;
     const auto eligible = [&](std::size_t r) {
         return request.available ? request.available[(begin + r) * request.available_stride] & all
                                  : all;

@@ -5,4 +5,7 @@ PYBIND11_MODULE(_core, module) {
     proteus::bind::bind_hashing(module);
     proteus::bind::bind_engine(module);
     proteus::bind::bind_batcher(module);
+#ifdef PROTEUS_LISTENER
+    proteus::bind::bind_listener(module);
+#endif
 }

@@ -162,6 +162,10 @@ Steps make_steps(const char* name, std::span<const std::int32_t> code, int max,
     return steps;
 }
 
+void check(const char* name, double value, bool fits, const char* expected) {
+    if (!std::isfinite(value) || !fits) reject(name, expected, number_text(value));
+}
+
 }  // namespace
 
 Mode parse_mode(std::string_view name, const char* argument) {
@@ -207,25 +211,12 @@ Snapshot::Snapshot(const Tensors& tensors, SnapshotOptions given) : options(std:
     if (reader.has("policy.w1")) policy = read_policy(reader, width, candidates);
     reader.finish();
 
-    const auto check = [](const char* name, double value, bool fits, const char* expected) {
-        if (!std::isfinite(value) || !fits) reject(name, expected, number_text(value));
-    };
     check("kappa", options.kappa, options.kappa >= 0.0, "a finite number >= 0");
     check("gamma", options.gamma, options.gamma > 0.0, "a finite number > 0");
     check("cost_unit_usd", options.cost_unit_usd, options.cost_unit_usd > 0.0,
           "a finite number > 0");
-    if (options.price_usd.size() != candidates)
-        reject("price_usd", "shape (" + std::to_string(candidates) + ",)",
-               "(" + std::to_string(options.price_usd.size()) + ",)");
-    cost.assign(padded(candidates), 0.0f);
     no_prior.assign(padded(candidates), 0.0f);
-    for (std::size_t i = 0; i < candidates; ++i) {
-        const double price = options.price_usd[i];
-        check("price_usd", price, price >= 0.0, "finite numbers >= 0");
-        cost[i] = static_cast<float>(price / options.cost_unit_usd);
-        if (!std::isfinite(cost[i]))
-            reject("cost_unit_usd", "a unit near the prices", number_text(options.cost_unit_usd));
-    }
+    set_prices();
     if (!options.dual) reject("dual", "a Path", "None");
     if (options.policy && !policy)
         reject("policy", "None where the tensors have no policy", "a Path");
@@ -234,6 +225,34 @@ Snapshot::Snapshot(const Tensors& tensors, SnapshotOptions given) : options(std:
     if (options.encoder && options.encoder->dim() != input_dim)
         reject("encoder", "dim " + std::to_string(input_dim),
                std::to_string(options.encoder->dim()));
+}
+
+void Snapshot::set_prices() {
+    if (options.price_usd.size() != candidates)
+        reject("price_usd", "shape (" + std::to_string(candidates) + ",)",
+               "(" + std::to_string(options.price_usd.size()) + ",)");
+    cost.assign(padded(candidates), 0.0f);
+    for (std::size_t i = 0; i < candidates; ++i) {
+        const double price = options.price_usd[i];
+        check("price_usd", price, price >= 0.0, "finite numbers >= 0");
+        cost[i] = static_cast<float>(price / options.cost_unit_usd);
+        if (!std::isfinite(cost[i]))
+            reject("cost_unit_usd", "a unit near the prices", number_text(options.cost_unit_usd));
+    }
+}
+
+Snapshot Snapshot::changed(Change change) const {
+    if (change.tally && change.tally->candidates() != candidates)
+        reject("tally", "one of " + std::to_string(candidates) + " candidates",
+               std::to_string(change.tally->candidates()));
+    Snapshot made = *this;
+    if (!change.price_usd.empty()) made.options.price_usd = std::move(change.price_usd);
+    made.options.available = change.available;
+    made.options.certified = change.certified;
+    made.options.tally = std::move(change.tally);
+    made.options.version = change.version;
+    made.set_prices();
+    return made;
 }
 
 }  // namespace proteus

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -65,6 +66,39 @@ struct TensorView {
 
 using Tensors = std::map<std::string, TensorView>;  // names as in a checkpoint
 
+// Rows by candidate and status, of every snapshot that shares it; any thread may add, none waits.
+class Tally {
+  public:
+    static constexpr std::size_t kStatuses = 5;
+
+    explicit Tally(std::size_t candidates) : counts_((candidates + 1) * kStatuses) {}
+
+    // One row; the choice -1 has the row after the last candidate's.
+    void add(std::int32_t choice, std::uint8_t status) {
+        const std::size_t row = choice < 0 ? candidates() : static_cast<std::size_t>(choice);
+        // what a backend answers is not checked
+        if (row <= candidates() && status < kStatuses)
+            counts_[row * kStatuses + status].fetch_add(1, std::memory_order_relaxed);
+    }
+
+    std::size_t candidates() const { return counts_.size() / kStatuses - 1; }
+    std::uint64_t count(std::size_t cell) const {
+        return counts_[cell].load(std::memory_order_relaxed);
+    }
+
+  private:
+    std::vector<std::atomic<std::uint64_t>> counts_;
+};
+
+// What a server changes about a loaded router without another one.
+struct Change {
+    std::vector<double> price_usd;                // empty: as they are
+    std::uint64_t available = ~std::uint64_t{0};  // bit i is candidate i
+    bool certified = true;                        // false: no answer is
+    std::shared_ptr<Tally> tally;                 // of who serves it, or null
+    std::int64_t version = 0;
+};
+
 struct SnapshotOptions {
     Link link = Link::kSigmoid;
     Head head = Head::kResidual;
@@ -78,6 +112,9 @@ struct SnapshotOptions {
     std::shared_ptr<const Path> policy;
     std::shared_ptr<const HashEncoder> encoder;
     std::int64_t version = 0;
+    std::uint64_t available = ~std::uint64_t{0};  // whatever a request allows
+    bool certified = true;                        // whether the certificate covers price_usd
+    std::shared_ptr<Tally> tally;
 };
 
 // Weights (in, out) with `out` padded to whole vectors by zeros.
@@ -112,6 +149,9 @@ struct Snapshot {
     // Throws std::invalid_argument naming the tensor or the argument that is wrong.
     Snapshot(const Tensors& tensors, SnapshotOptions options);
 
+    // The same router with other prices or fewer candidates. Throws as above.
+    Snapshot changed(Change change) const;
+
     const Path* path(Mode mode) const {
         return mode == Mode::kDual ? options.dual.get() : options.policy.get();
     }
@@ -120,11 +160,14 @@ struct Snapshot {
     std::size_t input_dim;  // D
     std::size_t width;      // d, of the embedding z
     std::size_t candidates;
-    std::unique_ptr<const Projection> projection;  // null: z is the input
+    std::shared_ptr<const Projection> projection;  // null: z is the input
     Layer predictor;
-    std::unique_ptr<const Policy> policy;  // null: mode "dual" only
+    std::shared_ptr<const Policy> policy;  // null: mode "dual" only
     AlignedVector<float> cost;             // price / cost unit, padded
     AlignedVector<float> no_prior;         // zeros, padded
+
+  private:
+    void set_prices();
 };
 
 }  // namespace proteus

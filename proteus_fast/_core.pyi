@@ -1,5 +1,5 @@
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Callable, Sequence
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,11 @@ class Path:
         calibrated: NDArray[np.int32],
         calibrated_max: int,
     ) -> None: ...
+
+@final
+class Tally:
+    def __init__(self, candidates: int) -> None: ...
+    def counts(self) -> NDArray[np.uint64]: ...
 
 @final
 class Snapshot:
@@ -98,6 +103,15 @@ class Snapshot:
         NDArray[np.float32],
         NDArray[np.float32],
     ]: ...
+    def changed(
+        self,
+        *,
+        price_usd: NDArray[np.float32] | None = None,
+        available: int = ...,
+        certified: bool = True,
+        version: int = 0,
+        tally: Tally | None = None,
+    ) -> Snapshot: ...
     def choose_path(
         self,
         x: NDArray[np.float32],
@@ -130,9 +144,95 @@ class BatchResult:
     def version(self) -> int: ...
 
 @final
+class Completions:
+    def __init__(self) -> None: ...
+    def fileno(self) -> int: ...
+    def drain(self) -> list[int]: ...
+
+@final
+class Ticket:
+    def __init__(self, /, *args: Never, **kwargs: Never) -> None: ...
+    def result(self) -> BatchResult: ...
+    def abandon(self) -> None: ...
+
+@final
+class Served:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        *,
+        names: Sequence[str],
+        tau_max: Sequence[Sequence[float | None]],
+        versions: bytes,
+        decides_text: bool = True,
+        decides_embedding: bool = True,
+    ) -> None: ...
+
+@final
+class ForwardedCall:
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def message(self) -> bytes: ...
+    @property
+    def remaining_s(self) -> float | None: ...
+    def is_active(self) -> bool: ...
+    def reply(self, message: bytes) -> None: ...
+    def refuse(self, code: int, text: str, details: bytes = b"") -> None: ...
+
+# absent where libnghttp2 was not found at the build, as the two above
+@final
+class Listener:
+    def __init__(
+        self,
+        sockets: Sequence[int],
+        served: Served,
+        *,
+        calls: Sequence[str] = (),
+        streams: Sequence[str] = (),
+        threads: int = 1,
+        connections: int = 1024,
+        max_calls: int = 256,
+        max_rows: int = 65536,
+        max_forwarded: int = 264,
+        age_s: float = 0.0,
+    ) -> None: ...
+    def swap(self, served: Served) -> None: ...
+    def set_health(self, service: str, status: int) -> None: ...
+    def refuse_new(self) -> None: ...
+    def drain(self, seconds: float) -> None: ...
+    def take(self, wait_s: float) -> ForwardedCall | None: ...
+    def stats(self) -> dict[str, int]: ...
+    def times(self) -> dict[str, NDArray[np.uint64]]: ...
+    def calls(self) -> dict[str, list[int]]: ...
+
+@final
 class Batcher:
     def __init__(
-        self, snapshot: Snapshot, *, max_batch_size: int = 256, max_queue_rows: int = 4096, window_us: int = 0
+        self,
+        snapshot: Snapshot,
+        *,
+        encode: Callable[[list[str]], NDArray[np.float32]] | None = None,
+        route: Callable[
+            [
+                list[str] | None,
+                NDArray[np.float32] | None,
+                NDArray[np.float64],
+                str,
+                str,
+                NDArray[np.uint64],
+            ],
+            Sequence[NDArray[Any]],
+        ]
+        | None = None,
+        max_batch_size: int = 256,
+        max_queue_rows: int = 4096,
+        window_us: int = 0,
+        token_budget: int = 0,
+        max_text_tokens: int = 0,
+        lanes: int = 1,
+        before: Batcher | None = None,
     ) -> None: ...
     def route(
         self,
@@ -145,6 +245,20 @@ class Batcher:
         available: int = ...,
         deadline_s: float | None = None,
     ) -> BatchResult: ...
+    def submit(
+        self,
+        texts: Sequence[str | bytes] | None,
+        x: NDArray[np.float32] | None,
+        tau: float | NDArray[np.float64],
+        *,
+        completions: Completions,
+        tag: int,
+        mode: str | None = None,
+        guarantee: str = "certified",
+        available: int = ...,
+        deadline_s: float | None = None,
+    ) -> Ticket: ...
     def swap(self, snapshot: Snapshot) -> None: ...
     def close(self, drain: bool = True) -> None: ...
     def stats(self) -> dict[str, int]: ...
+    def times(self) -> dict[str, NDArray[np.uint64]]: ...

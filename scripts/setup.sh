@@ -5,6 +5,7 @@
 #   scripts/setup.sh VENV valgrind    only valgrind, for `make instructions`; VENV stays as it is
 # $PYTHON (python3) is the interpreter it is made from, $CXX (g++) the compiler.
 # Missing compiler, venv module or headers: installed with apt-get by root, named for anybody else.
+# libnghttp2 likewise, but nobody has to have it: without it the server has no native data plane.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,6 +45,24 @@ missing_packages() {
     name=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
     has_venv || echo "$name-venv"
     has_headers || echo "$name-dev"
+}
+
+has_nghttp2() {
+    printf '#include <nghttp2/nghttp2.h>\nint main() { return nghttp2_version(0) == 0; }\n' |
+        "$cxx" -x c++ - -lnghttp2 -o /dev/null 2>/dev/null
+}
+
+# an offer: what fails here leaves grpcio to serve everything
+install_nghttp2() {
+    if has_nghttp2; then return; fi
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        say "no libnghttp2: the server will have no native data plane (Debian: libnghttp2-dev)"
+        return
+    fi
+    say "installing libnghttp2-dev with apt-get"
+    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends libnghttp2-dev; } \
+        </dev/null >/dev/null 2>&1 && has_nghttp2 ||
+        say "libnghttp2-dev could not be installed: the server will have no native data plane"
 }
 
 check_python_version() {
@@ -87,6 +106,7 @@ if has_python; then check_python_version; fi
 install_system_packages
 check_python_version
 [ "$profile" != valgrind ] || exit 0
+install_nghttp2
 
 if [ ! -x "$venv/bin/pip" ]; then
     say "making $venv with $("$python" --version)"

@@ -1,0 +1,486 @@
+#include "listener_session.hpp"
+
+#include <nghttp2/nghttp2.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+namespace proteus {
+namespace {
+
+constexpr std::size_t kSpareCalls = 128;
+constexpr std::size_t kSpareBytes = 16 << 10;
+constexpr std::int32_t kStreamWindow = 1 << 20;
+constexpr std::int32_t kConnectionWindow = 4 << 20;
+// The answer to a method that nothing answers, word for word grpcio's.
+constexpr const char* kNoMethod = "Method not found!";
+constexpr const char* kPart = "expected a whole message, got a part";
+constexpr const char* kNone = "expected a message, got none";
+
+constexpr auto kStatic =
+    static_cast<std::uint8_t>(NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE);
+
+nghttp2_nv field(std::string_view name, std::string_view value, int flags = kStatic) {
+    return {reinterpret_cast<std::uint8_t*>(const_cast<char*>(name.data())),
+            reinterpret_cast<std::uint8_t*>(const_cast<char*>(value.data())), name.size(),
+            value.size(), static_cast<std::uint8_t>(flags)};
+}
+
+// What belongs to one reply is no use in the table of later ones.
+nghttp2_nv own_field(std::string_view name, std::string_view value) {
+    return field(name, value, NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_INDEX);
+}
+
+bool is_grpc(std::string_view content_type) {
+    constexpr std::string_view kType = "application/grpc";
+    if (!content_type.starts_with(kType)) return false;
+    content_type.remove_prefix(kType.size());
+    return content_type.empty() || content_type[0] == ';' || content_type == "+proto" ||
+           content_type.starts_with("+proto;");
+}
+
+std::uint32_t message_size(std::string_view prefix) {
+    std::uint32_t size = 0;
+    for (std::size_t i = 1; i < 5; ++i) size = size << 8 | static_cast<unsigned char>(prefix[i]);
+    return size;
+}
+
+std::string text_of(std::size_t n) { return std::to_string(n); }
+
+void count_ending(const Call& call, int code) {
+    if (!call.method || !call.method->second.counts || code < 0 || code > 16) return;
+    (*call.method->second.counts)[static_cast<std::size_t>(code)].fetch_add(
+        1, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+// What libnghttp2 calls.
+struct Callbacks {
+    static Session& self(void* user) { return *static_cast<Session*>(user); }
+    static Call* call(nghttp2_session* session, std::int32_t stream) {
+        return static_cast<Call*>(nghttp2_session_get_stream_user_data(session, stream));
+    }
+
+    static int begin_headers(nghttp2_session* session, const nghttp2_frame* frame, void* user) {
+        if (frame->hd.type != NGHTTP2_HEADERS || frame->headers.cat != NGHTTP2_HCAT_REQUEST)
+            return 0;
+        Call* call = self(user).open(frame->hd.stream_id);
+        return nghttp2_session_set_stream_user_data(session, frame->hd.stream_id, call);
+    }
+
+    static int header(nghttp2_session* session, const nghttp2_frame* frame,
+                      const std::uint8_t* name, std::size_t name_size, const std::uint8_t* value,
+                      std::size_t value_size, std::uint8_t, void* user) {
+        Call* found = call(session, frame->hd.stream_id);
+        if (found && frame->headers.cat == NGHTTP2_HCAT_REQUEST)
+            self(user).header(*found, {reinterpret_cast<const char*>(name), name_size},
+                              {reinterpret_cast<const char*>(value), value_size});
+        return 0;
+    }
+
+    static int frame(nghttp2_session* session, const nghttp2_frame* frame, void* user) {
+        Session& me = self(user);
+        const auto& hd = frame->hd;
+        const bool ends = hd.flags & NGHTTP2_FLAG_END_STREAM;
+        bool allowed = true;
+        me.has_begun_ = true;
+        switch (hd.type) {
+            case NGHTTP2_HEADERS:
+                if (Call* found = call(session, hd.stream_id)) {
+                    found->half_closed = ends;
+                    if (frame->headers.cat == NGHTTP2_HCAT_REQUEST) me.headers_done(*found);
+                    if (ends) me.half_close(*found);
+                }
+                break;
+            case NGHTTP2_DATA:
+                if (hd.length == 0 && !ends) {
+                    allowed = me.controls_.take(me.host_.limits.controls_per_second, me.host_.now);
+                }
+                if (Call* found = call(session, hd.stream_id); found && ends) me.half_close(*found);
+                break;
+            case NGHTTP2_RST_STREAM:
+            case NGHTTP2_WINDOW_UPDATE:
+                break;
+            default:
+                allowed = me.controls_.take(me.host_.limits.controls_per_second, me.host_.now);
+        }
+        if (!allowed) nghttp2_session_terminate_session(session, NGHTTP2_ENHANCE_YOUR_CALM);
+        return 0;
+    }
+
+    static int data(nghttp2_session* session, std::uint8_t, std::int32_t stream,
+                    const std::uint8_t* bytes, std::size_t size, void* user) {
+        if (Call* found = call(session, stream))
+            self(user).data(*found, {reinterpret_cast<const char*>(bytes), size});
+        return 0;
+    }
+
+    static int stream_close(nghttp2_session* session, std::int32_t stream, std::uint32_t error,
+                            void* user) {
+        Session& me = self(user);
+        if (Call* found = call(session, stream)) me.close(*found);
+        // whichever side resets: a peer can make this one do it
+        if (error != NGHTTP2_NO_ERROR &&
+            !me.resets_.take(me.host_.limits.resets_per_second, me.host_.now))
+            nghttp2_session_terminate_session(session, NGHTTP2_ENHANCE_YOUR_CALM);
+        return 0;
+    }
+
+    // The rest of a request that is answered is not wanted. A reset that is submitted earlier
+    // would overtake the answer.
+    static int sent(nghttp2_session* session, const nghttp2_frame* frame, void*) {
+        if (frame->hd.type != NGHTTP2_HEADERS || !(frame->hd.flags & NGHTTP2_FLAG_END_STREAM))
+            return 0;
+        const Call* found = call(session, frame->hd.stream_id);
+        if (found && !found->half_closed)
+            nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, found->stream, NGHTTP2_NO_ERROR);
+        return 0;
+    }
+
+    static ssize_t read(nghttp2_session*, std::int32_t, std::uint8_t* to, std::size_t size,
+                        std::uint32_t* flags, nghttp2_data_source* source, void* user) {
+        Call& call = *static_cast<Call*>(source->ptr);
+        const std::size_t n = std::min(size, call.out.size() - call.sent);
+        std::memcpy(to, call.out.data() + call.sent, n);
+        call.sent += n;
+        if (call.sent < call.out.size()) return static_cast<ssize_t>(n);
+        if (call.last) {
+            *flags |= NGHTTP2_DATA_FLAG_EOF | NGHTTP2_DATA_FLAG_NO_END_STREAM;
+            self(user).submit_trailers(call);
+            return static_cast<ssize_t>(n);
+        }
+        call.out.clear();
+        call.sent = 0;
+        return n ? static_cast<ssize_t>(n) : ssize_t{NGHTTP2_ERR_DEFERRED};
+    }
+
+    static nghttp2_session_callbacks* all() {
+        static const auto deleter = [](nghttp2_session_callbacks* p) {
+            nghttp2_session_callbacks_del(p);
+        };
+        static const std::unique_ptr<nghttp2_session_callbacks, decltype(deleter)> callbacks(
+            [] {
+                nghttp2_session_callbacks* made = nullptr;
+                if (nghttp2_session_callbacks_new(&made) != 0) throw std::bad_alloc();
+                nghttp2_session_callbacks_set_on_begin_headers_callback(made, &begin_headers);
+                nghttp2_session_callbacks_set_on_header_callback(made, &header);
+                nghttp2_session_callbacks_set_on_frame_recv_callback(made, &frame);
+                nghttp2_session_callbacks_set_on_data_chunk_recv_callback(made, &data);
+                nghttp2_session_callbacks_set_on_frame_send_callback(made, &sent);
+                nghttp2_session_callbacks_set_on_stream_close_callback(made, &stream_close);
+                return made;
+            }(),
+            deleter);
+        return callbacks.get();
+    }
+};
+
+bool Bucket::take(double per_second, Clock::time_point now) {
+    used_ = std::max(0.0, used_ - per_second * std::chrono::duration<double>(now - last_).count());
+    last_ = now;
+    return ++used_ <= 10 * per_second;
+}
+
+Session::Session(Host& host, void* owned_by) : owner(owned_by), host_(host) {
+    nghttp2_option* options = nullptr;
+    if (nghttp2_option_new(&options) != 0) throw std::bad_alloc();
+    nghttp2_option_set_no_closed_streams(options, 1);
+    const int made = nghttp2_session_server_new2(&session_, Callbacks::all(), this, options);
+    nghttp2_option_del(options);
+    if (made != 0) throw std::bad_alloc();
+    const nghttp2_settings_entry settings[] = {
+        {NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, host.limits.streams},
+        {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, kStreamWindow},
+        {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE,
+         static_cast<std::uint32_t>(host.limits.header_bytes)},
+#if NGHTTP2_VERSION_NUM >= 0x013200
+        {NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES, 1},
+#endif
+    };
+    nghttp2_submit_settings(session_, NGHTTP2_FLAG_NONE, settings, std::size(settings));
+    nghttp2_session_set_local_window_size(session_, NGHTTP2_FLAG_NONE, 0, kConnectionWindow);
+}
+
+Session::~Session() {
+    while (first_) close(*first_);
+    nghttp2_session_del(session_);
+}
+
+bool Session::receive(const std::uint8_t* data, std::size_t size) {
+    return nghttp2_session_mem_recv(session_, data, size) >= 0;
+}
+
+bool Session::produce(std::string& out, std::size_t enough) {
+    while (out.size() < enough) {
+        const std::uint8_t* data = nullptr;
+        const ssize_t size = nghttp2_session_mem_send(session_, &data);
+        if (size < 0) return false;
+        if (size == 0) return true;
+        out.append(reinterpret_cast<const char*>(data), static_cast<std::size_t>(size));
+    }
+    return true;
+}
+
+bool Session::finished() const {
+    return !nghttp2_session_want_read(session_) && !nghttp2_session_want_write(session_);
+}
+
+Call* Session::open(std::int32_t stream) {
+    std::unique_ptr<Call> call;
+    if (spare_.empty()) {
+        call = std::make_unique<Call>();
+    } else {
+        call = std::move(spare_.back());
+        spare_.pop_back();
+    }
+    call->session = this;
+    call->stream = stream;
+    call->started = host_.now;
+    call->after = first_;
+    if (first_) first_->before = call.get();
+    first_ = call.get();
+    ++calls_;
+    return call.release();
+}
+
+void Session::close(Call& call) {
+    call.leave();
+    nghttp2_session_set_stream_user_data(session_, call.stream, nullptr);
+    if (call.before) call.before->after = call.after;
+    if (call.after) call.after->before = call.before;
+    if (first_ == &call) first_ = call.after;
+    --calls_;
+    kept_bytes_ -= call.counted;
+    host_.kept_bytes -= call.counted;
+    std::unique_ptr<Call> owned(&call);
+    if (spare_.size() == kSpareCalls || call.in.capacity() + call.out.capacity() > kSpareBytes)
+        return;
+    // memory of the strings is used again
+    std::string in = std::move(call.in), out = std::move(call.out), path = std::move(call.path);
+    call = Call{};
+    in.clear(), out.clear(), path.clear();
+    call.in = std::move(in), call.out = std::move(out), call.path = std::move(path);
+    spare_.push_back(std::move(owned));
+}
+
+void Session::header(Call& call, std::string_view name, std::string_view value) {
+    // the overhead of an entry by RFC 9113, 6.5.2
+    call.header_bytes += name.size() + value.size() + 32;
+    if (name == ":path") {
+        call.path = value;
+    } else if (name == ":method") {
+        call.is_post = value == "POST";
+    } else if (name == "content-type") {
+        call.is_grpc = is_grpc(value);
+    } else if (name == "grpc-timeout") {
+        if (const auto timeout = parse_timeout(value)) call.deadline = host_.now + *timeout;
+    }
+}
+
+void Session::headers_done(Call& call) {
+    if (call.header_bytes > host_.limits.header_bytes)
+        return refuse(
+            call, plain(Code::kResourceExhausted, "metadata: expected at most " +
+                                                      text_of(host_.limits.header_bytes) +
+                                                      " bytes, got " + text_of(call.header_bytes)));
+    if (!call.is_post) return answer_http(call, "405");
+    if (!call.is_grpc) return answer_http(call, "415");
+    const auto found = host_.methods.find(call.path);
+    if (found == host_.methods.end()) return refuse(call, plain(Code::kUnimplemented, kNoMethod));
+    call.method = &*found;
+    if (call.method->second.refused_while_draining && host_.draining())
+        return refuse(call, unavailable());
+    // before its body costs anything
+    if (host_.turn_away(call.method->second.kind)) refuse(call, overloaded());
+}
+
+void Session::data(Call& call, std::string_view bytes) {
+    if (call.place == Call::Place::kAnswered) return;
+    call.in.append(bytes);
+    count(call);
+    if (kept_bytes_ > host_.limits.connection_bytes || host_.kept_bytes > host_.limits.total_bytes)
+        return refuse(call, overloaded());
+    pump(call);
+}
+
+void Session::half_close(Call& call) {
+    call.half_closed = true;
+    if (call.place == Call::Place::kAnswered) return;
+    pump(call);
+    // a stream without a message in flight is at its end; nothing else may end before its message
+    if (call.place != Call::Place::kArriving) return;
+    if (!call.in.empty()) return refuse(call, invalid("request", kPart));
+    if (call.method->second.shape != Shape::kStream) return refuse(call, invalid("request", kNone));
+    finish_message(call, call.out.size(), true);
+}
+
+// Hands the next message over once it is whole; of a unary call once the request has ended.
+void Session::pump(Call& call) {
+    if (call.place != Call::Place::kArriving) return;
+    const std::string_view rest = call.in;
+    if (rest.size() < kPrefixBytes) return;
+    const std::size_t size = message_size(rest);
+    if (rest[0] != 0)
+        return refuse(call, plain(Code::kUnimplemented,
+                                  "grpc-encoding: expected identity, got a compressed message"));
+    if (size > host_.limits.message_bytes)
+        return refuse(call, plain(Code::kResourceExhausted,
+                                  "Received message larger than max (" + text_of(size) + " vs. " +
+                                      text_of(host_.limits.message_bytes) + ")"));
+    if (rest.size() < kPrefixBytes + size) {
+        // one growth to the whole length, after the first part has shown good will
+        if (rest.size() > kSpareBytes) call.in.reserve(kPrefixBytes + size);
+        return;
+    }
+    const bool is_unary = call.method->second.shape != Shape::kStream;
+    if (is_unary && rest.size() > kPrefixBytes + size)
+        return refuse(call, invalid("request", "expected one message, got more"));
+    if (is_unary && !call.half_closed) return;
+    hand_over(call, rest.substr(kPrefixBytes, size));
+}
+
+void Session::hand_over(Call& call, std::string_view message) {
+    call.place = Call::Place::kWithHost;
+    call.message = message;
+    call.arrived = host_.now;
+    host_.arrived(call);
+}
+
+void Session::count(Call& call) {
+    const std::size_t bytes = call.in.size() + call.out.size();
+    kept_bytes_ += bytes - call.counted;
+    host_.kept_bytes += bytes - call.counted;
+    call.counted = bytes;
+}
+
+void Session::finish_message(Call& call, std::size_t begin, bool last) {
+    if (call.out.size() > begin) {
+        const std::size_t size = call.out.size() - begin - kPrefixBytes;
+        for (std::size_t i = 1; i < kPrefixBytes; ++i)
+            call.out[begin + i] = static_cast<char>(size >> (8 * (kPrefixBytes - 1 - i)));
+    }
+    if (call.method->second.shape == Shape::kStream && call.place == Call::Place::kWithHost) {
+        call.in.erase(0, kPrefixBytes + call.message.size());
+        call.place = Call::Place::kArriving;
+        last = false;
+    }
+    call.last = last;
+    if (last) {
+        count_ending(call, 0);
+        call.place = Call::Place::kAnswered;
+        call.ended = host_.now;
+        call.in.clear();
+    }
+    count(call);
+    host_.touched(*this);
+    if (call.opened) {
+        nghttp2_session_resume_data(session_, call.stream);
+    } else {
+        call.opened = true;
+        const nghttp2_nv headers[] = {field(":status", "200"),
+                                      field("content-type", "application/grpc"),
+                                      field("grpc-accept-encoding", "identity")};
+        nghttp2_data_provider body;
+        body.source.ptr = &call;
+        body.read_callback = &Callbacks::read;
+        nghttp2_submit_response(session_, call.stream, headers, std::size(headers), &body);
+    }
+    if (call.place == Call::Place::kArriving) {
+        pump(call);
+        if (call.place == Call::Place::kArriving && call.half_closed) half_close(call);
+    }
+}
+
+void Session::submit_trailers(Call& call) {
+    const std::string code = std::to_string(call.ending.code);
+    const std::string text = percent_encoded(call.ending.text);
+    const nghttp2_nv trailers[] = {
+        field("grpc-status", code, NGHTTP2_NV_FLAG_NO_COPY_NAME),
+        own_field("grpc-message", text),
+    };
+    nghttp2_submit_trailer(session_, call.stream, trailers, call.ending.code ? 2 : 1);
+}
+
+void Session::refuse(Call& call, const Refusal& refusal) {
+    if (call.place == Call::Place::kAnswered && !call.opened) return;
+    if (call.last) return;
+    count_ending(call, refusal.code);
+    call.place = Call::Place::kAnswered;
+    call.in.clear();
+    host_.touched(*this);
+    if (call.opened) {
+        call.ending = {refusal.code, refusal.text, {}};
+        call.last = true;
+        call.ended = host_.now;
+        count(call);
+        nghttp2_session_resume_data(session_, call.stream);
+        return;
+    }
+    count(call);
+    const std::string code = std::to_string(refusal.code);
+    const std::string text = percent_encoded(refusal.text);
+    nghttp2_nv headers[6] = {
+        field(":status", "200"),
+        field("content-type", "application/grpc"),
+        field("grpc-accept-encoding", "identity"),
+        field("grpc-status", code, NGHTTP2_NV_FLAG_NO_COPY_NAME),
+    };
+    std::size_t count = 4;
+    const int flags =
+        NGHTTP2_NV_FLAG_NO_COPY_NAME | (refusal.repeats ? 0 : int{NGHTTP2_NV_FLAG_NO_INDEX});
+    if (!text.empty()) headers[count++] = field("grpc-message", text, flags);
+    if (!refusal.details.empty())
+        headers[count++] = field("grpc-status-details-bin", refusal.details, flags);
+    nghttp2_submit_response(session_, call.stream, headers, count, nullptr);
+}
+
+void Session::answer_http(Call& call, const char* status) {
+    call.place = Call::Place::kAnswered;
+    host_.touched(*this);
+    const nghttp2_nv headers[] = {field(":status", status)};
+    nghttp2_submit_response(session_, call.stream, headers, 1, nullptr);
+}
+
+void Session::go_away() {
+    if (going_away_) return;
+    going_away_ = true;
+    host_.touched(*this);
+    nghttp2_submit_goaway(session_, NGHTTP2_FLAG_NONE,
+                          nghttp2_session_get_last_proc_stream_id(session_), NGHTTP2_NO_ERROR,
+                          nullptr, 0);
+}
+
+void Session::refuse_all(const Refusal& refusal) {
+    for (Call* call = first_; call; call = call->after) {
+        call->leave();
+        refuse(*call, refusal);
+    }
+}
+
+void Session::sweep() {
+    if (first_) host_.touched(*this);
+    for (Call* call = first_; call; call = call->after) {
+        if (call->place == Call::Place::kAnswered) {
+            // a peer that opens no window keeps no reply for ever
+            if (call->last && host_.now - call->ended > host_.limits.request)
+                nghttp2_submit_rst_stream(session_, NGHTTP2_FLAG_NONE, call->stream,
+                                          NGHTTP2_CANCEL);
+            continue;
+        }
+        const bool unfinished = call->place == Call::Place::kArriving && !call->half_closed &&
+                                !call->opened && host_.now - call->started > host_.limits.request;
+        if (!unfinished && host_.now < call->deadline) continue;
+        call->leave();
+        refuse(*call, deadline_exceeded());
+    }
+}
+
+void Session::ping() {
+    host_.touched(*this);
+    nghttp2_submit_ping(session_, NGHTTP2_FLAG_NONE, nullptr);
+}
+
+}  // namespace proteus
