@@ -127,12 +127,8 @@ def parse(data: bytes, place: str) -> Node:
     return Node(value, place)
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a regular file of bounded size.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not a regular file, or larger than ``most``.
-    """
+def check_size(path: Path, most: int) -> None:
+    """Raise unless a path is a regular file of at most so many bytes; see :func:`read_bytes`."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a file, got nothing there")
     if not path.is_file():
@@ -140,4 +136,13 @@ def read_bytes(path: Path, most: int) -> bytes:
     size = path.stat().st_size
     if size > most:
         raise ValueError(f"{path}: expected at most {most} bytes, got {size}")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of bounded size.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a regular file, or larger than ``most``.
+    """
+    check_size(path, most)
     return path.read_bytes()

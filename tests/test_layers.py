@@ -90,7 +90,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "proteus_fast.online": (SERVING | {"proteus_fast"}, {"torch"}),
-    "proteus_server": (SERVING | GRPC | {"proteus_fast"}, set()),
+    # tomli is tomllib before Python 3.11
+    "proteus_server": (SERVING | GRPC | {"proteus_fast", "tomli"}, set()),
 }
 # the entry points reach down to what they run, when they run it
 ENTRY_POINTS = {"__init__.py", "__main__.py", "cli.py", "demo.py"}

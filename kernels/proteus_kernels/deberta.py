@@ -18,6 +18,8 @@ from torch.nn import functional
 from proteus_kernels.reference import log_bucket_ref
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# columns of a head that the kernel of a GPU covers
+HEAD_DIMS = (16, 32, 64)
 # numbers of a product of all of a sequence's tokens with a position table, on the CPU
 _CACHED = 1 << 20
 # name: what is supported, what transformers takes where it is absent
@@ -242,8 +244,8 @@ class DebertaEncoder:
         """The sequences' bounds, after the checks that a GPU would have to wait for."""
         bounds: list[int] = cu_seqlens.tolist()
         lengths = [last - first for first, last in pairwise(bounds)]
-        if bounds[0] != 0 or bounds[-1] != tokens or min(lengths, default=0) < 0:
-            raise ValueError(f"cu_seqlens: expected to ascend from 0 to {tokens}, got {bounds}")
+        if bounds[0] != 0 or bounds[-1] > tokens or min(lengths, default=0) < 0:
+            raise ValueError(f"cu_seqlens: expected to ascend from 0 to at most {tokens}, got {bounds}")
         if max(lengths, default=0) > max_seqlen:
             raise ValueError(f"max_seqlen: expected at least {max(lengths)}, got {max_seqlen}")
         return bounds
@@ -255,7 +257,8 @@ class DebertaEncoder:
         Args:
             input_ids: the tokens of all sequences one after another, (N,) int32 or int64, on the encoder's device.
             cu_seqlens: where each sequence starts and the last one ends, (B + 1,) int32 or int64, on that device. What
-                it holds is looked at on the CPU only.
+                it holds is looked at on the CPU only. Tokens behind the last one's end belong to none, and what is
+                returned for them means nothing.
             max_seqlen: no sequence is longer, at most ``longest``.
 
         Returns:

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from proteus_kernels.deberta import WEIGHT_DTYPES
+from proteus_kernels.deberta import HEAD_DIMS, WEIGHT_DTYPES
 from proteus_kernels.launch import check_cuda, launch
 from proteus_kernels.layout import power_of_two
 
-HEAD_DIMS = (16, 32, 64)
 _LOG2_E = 1.4426950408889634
 
 

@@ -1,8 +1,10 @@
-"""Decisions as CUDA graphs, one a bucket of batch sizes: a call copies its rows in and replays."""
+"""CUDA graphs: how one is captured, and decisions as graphs, one a bucket of batch sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ class CapturedDecide:
                 state[1:].add_(bucket)
 
         start = None if state is None else state.clone()
-        self._replay = [_capture(decide, bucket, device) for bucket in buckets]
+        self._replay = [capture(partial(decide, bucket), device) for bucket in buckets]
         if state is not None and start is not None:
             # what was run to prepare the captures has drawn too
             state.copy_(start)
@@ -125,18 +127,28 @@ def _bucket_index(rows: int) -> int:
     return max((rows - 1).bit_length() - (SMALLEST_BUCKET - 1).bit_length(), 0)
 
 
-def _capture(decide: Callable[[int], None], bucket: int, device: torch.device) -> Callable[[], None]:
+def capture(work: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
+    """Run ``work`` once, capture it, and give what replays it; in the interpreter that runs it again.
+
+    Args:
+        work: launches on the current stream, and neither waits nor allocates what is kept. pool: where its memory comes
+            from, of graphs that are never replayed at the same time.
+
+    Raises:
+        RuntimeError: ``work`` cannot be captured.
+    """
     if INTERPRETED:
-        return lambda: decide(bucket)
+        work()
+        return work
     with torch.cuda.device(device):
         # what is compiled and loaded on a first call cannot be captured
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            decide(bucket)
+            work()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # torch's own capture stream belongs to the device that captured first; other threads' calls go on meanwhile
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            decide(bucket)
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            work()
     return graph.replay

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from proteus_fast.encoder import TransformerEncoder, describe
 from proteus_fast.router import Router
+from tests import encoders
 
 pytestmark = pytest.mark.gpu
 
@@ -148,3 +151,59 @@ def test_arrays_of_the_host_are_refused(router: Router, x: torch.Tensor) -> None
         router.route_batch(x[:2], torch.full((2,), 0.8))
     with pytest.raises(TypeError, match=r"^available: expected a tensor on cuda:0, got ndarray"):
         router.route_batch(x[:2], 0.8, available=np.ones(len(router.pool), bool))
+
+
+WORDS = [f"word{i}" for i in range(60)]
+TEXTS = ["word1 word2 word3", "word7", " ".join(WORDS), "", "word9 nothing word11"]
+
+
+@pytest.fixture(scope="module", params=encoders.CONFIGS)
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoders.make(request.param, tmp_path_factory.mktemp(request.param), WORDS)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [("float32", 1e-5), ("bfloat16", 5e-2), ("float16", 1e-2)])
+def test_encoders_are_captured_and_give_the_cpus_embeddings(directory: Path, dtype: str, atol: float) -> None:
+    source = describe(directory)[0]
+    on_cpu, encoder = TransformerEncoder(source).encode(TEXTS), TransformerEncoder(source, "cuda", dtype)
+    encoder.warm_up()
+    batches = encoder._batches
+    assert batches is not None
+    # every one of them is: a fall-back would show here
+    assert batches._can_capture
+    captured = set(batches._replays)
+    for _ in range(2):
+        for row, text in enumerate(TEXTS):
+            np.testing.assert_allclose(encoder.encode([text])[0].cpu().numpy(), on_cpu[row], rtol=0, atol=atol)
+    assert set(batches._replays) == captured
+    np.testing.assert_allclose(encoder.encode(TEXTS).cpu().numpy(), on_cpu, rtol=0, atol=atol)
+    np.testing.assert_allclose(encoder.encode(TEXTS * 20).cpu().numpy(), np.tile(on_cpu, (20, 1)), rtol=0, atol=atol)
+
+
+def test_a_replayed_text_waits_for_nothing(directory: Path) -> None:
+    encoder = TransformerEncoder(describe(directory)[0], "cuda")
+    encoder.warm_up()
+    torch.cuda.synchronize()
+    set_waiting("error")
+    try:
+        for text in TEXTS[:3]:
+            encoder.encode([text])
+    finally:
+        set_waiting("default")
+
+
+def test_streams_share_an_encoder(directory: Path) -> None:
+    """Calls of two streams, one of them late: neither reads the other's texts."""
+    encoder = TransformerEncoder(describe(directory)[0], "cuda")
+    expected = [encoder.encode([text]).clone() for text in TEXTS[:3]]
+    torch.cuda.synchronize()
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    got: list[tuple[int, torch.Tensor]] = []
+    for call in range(30):
+        with torch.cuda.stream(streams[call % 2]):
+            if call % 2:
+                torch.cuda._sleep(2_000_000)
+            got.append((call % 3, encoder.encode([TEXTS[call % 3]])))
+    torch.cuda.synchronize()
+    for row, pooled in got:
+        assert torch.equal(pooled, expected[row])
