@@ -12,6 +12,9 @@ Tensors (weights are (in, out): y = x W + b; D is the encoder's dimension, d the
   one.
 
 All but the table are float32.
+
+A checkpoint that holds its transformer has a folder ``encoder`` with config.json, tokenizer.json and model.safetensors
+as well; any other says where they are.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Literal
 
@@ -32,7 +35,7 @@ from numpy.typing import NDArray
 
 from proteus_fast import strict_json
 from proteus_fast.certificate import MIXING_STEPS, Certificate, Mode, Path, PathCertificate
-from proteus_fast.encoder import EncoderSource
+from proteus_fast.encoder import FILES, EncoderSource
 from proteus_fast.pool import MAX_CANDIDATES, Candidate, Pool
 
 SCHEMA = 1
@@ -41,6 +44,9 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 64
 MAX_VERTICES = 4096
 MAX_DIM = 1 << 16
+HELD = "encoder"
+# of the files of a transformer that a checkpoint holds
+MAX_HELD_BYTES = {"config.json": strict_json.MAX_BYTES, "tokenizer.json": 1 << 28, "model.safetensors": 1 << 34}
 
 Array = NDArray[np.float32] | NDArray[np.int8]
 
@@ -149,7 +155,8 @@ def _encoder_json(config: Config) -> dict[str, object]:
     if config.source is None:
         return entry | {"block_weight": list(config.block_weight)}
     source = config.source
-    return entry | {"directory": source.directory, "sha256": source.sha256, "max_tokens": source.max_tokens}
+    directory = HELD if source.held else source.directory
+    return entry | {"directory": directory, "sha256": source.sha256, "max_tokens": source.max_tokens}
 
 
 def _config_json(config: Config, sha256: Mapping[str, str]) -> dict[str, object]:
@@ -183,7 +190,12 @@ def _read_encoder(root: strict_json.Node) -> _EncoderFields:
     kinds = [node.text("hash", "transformer", "none") for name, node in root.items() if name == "kind"]
     if kinds == ["transformer"]:
         _, dim, directory, sha256, max_tokens = root.fields("kind", "dim", "directory", "sha256", "max_tokens")
-        source = EncoderSource(directory.text(), sha256.hexadecimal(64), max_tokens.integer(2, 1 << 16))
+        where = directory.text()
+        held = where == HELD
+        # what is relative would be looked for where the process happens to be
+        if not held and not FilePath(where).is_absolute():
+            directory.fail(f"an absolute path or {HELD!r}")
+        source = EncoderSource(where, sha256.hexadecimal(64), max_tokens.integer(2, 1 << 16), held)
         return "transformer", dim.integer(1, MAX_DIM), (), source
     kind, dim, block_weight = root.fields("kind", "dim", "block_weight")
     is_hash = kind.text("hash", "none") == "hash"
@@ -326,7 +338,39 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     check_tensors(config, tensors, place)
     root = strict_json.parse(contents["certificate.json"], str(folder / "certificate.json"))
     certificate = _read_certificate(root, config)
+    if config.source is not None and config.source.held:
+        held = _check_held(folder)
+        config = replace(config, source=replace(config.source, directory=str(held)))
     return Checkpoint(config, tensors, certificate, hashlib.sha256(config_bytes).hexdigest())
+
+
+def _check_held(folder: FilePath) -> FilePath:
+    """The folder of the transformer that a checkpoint holds; its files' hash is checked by whoever reads them."""
+    held = folder.absolute() / HELD
+    if held.is_symlink() or not held.is_dir():
+        raise ValueError(f"{held}: expected a folder with the encoder, got a link or nothing")
+    for name, most in MAX_HELD_BYTES.items():
+        if (held / name).is_symlink():
+            raise ValueError(f"{held / name}: expected a regular file, got a link")
+        strict_json.check_size(held / name, most)
+    return held
+
+
+def _hold(source: EncoderSource, folder: FilePath) -> None:
+    """Copy the three files of a transformer into a checkpoint's folder; raises unless they are those that it names."""
+    (folder / HELD).mkdir()
+    digest = hashlib.sha256()
+    for name in FILES:
+        place = FilePath(source.directory) / name
+        strict_json.check_size(place, MAX_HELD_BYTES[name])
+        with place.open("rb") as original, (folder / HELD / name).open("wb") as file:
+            while block := original.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    if digest.hexdigest() != source.sha256:
+        raise ValueError(f"encoder: expected sha256 {source.sha256} in {source.directory}, got {digest.hexdigest()}")
 
 
 def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
@@ -343,7 +387,7 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
 
     folder = FilePath(path)
     check_tensors(checkpoint.config, checkpoint.tensors, str(folder / "model.safetensors"))
-    check_target(folder)
+    check_target(folder, checkpoint.config.source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     contents = {
         "model.safetensors": save_tensors({k: np.ascontiguousarray(v) for k, v in checkpoint.tensors.items()}),
@@ -362,6 +406,8 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+        if checkpoint.config.source is not None and checkpoint.config.source.held:
+            _hold(checkpoint.config.source, staging)
         previous = staging.with_name(staging.name + ".old")
         if folder.exists():
             folder.rename(previous)
@@ -377,13 +423,24 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
     return hashlib.sha256(contents["config.json"]).hexdigest()
 
 
-def check_target(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless a checkpoint may be written there: nothing, an empty folder or a checkpoint."""
+def check_target(path: str | os.PathLike[str], source: EncoderSource | None = None) -> None:
+    """Raise ValueError unless a checkpoint may be written there: nothing, an empty folder or a checkpoint.
+
+    Args:
+        source: the transformer that it will refer to: what it replaces must not be, or hold, that directory.
+    """
     folder = FilePath(path)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder to write, got a file")
-    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+    names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    if names and not {"config.json", "certificate.json"} <= names:
         raise ValueError(f"{folder}: expected a checkpoint or an empty folder to replace, got other files")
+    if source is not None and not source.held:
+        directory = FilePath(source.directory).resolve()
+        if folder.resolve() in (directory, *directory.parents):
+            raise ValueError(
+                f"{folder}: expected a folder without the encoder that it refers to, got {directory} in it"
+            )
 
 
 def certificate_digest(certificate: Certificate) -> str:
