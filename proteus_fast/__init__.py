@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from proteus_fast._core import QueueFullError
+    from proteus_fast.batcher import Batcher
     from proteus_fast.certificate import Certificate, Status, plan
     from proteus_fast.evaluation.report import Report, evaluate
     from proteus_fast.pool import Candidate, Pool
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "QueueFullError": "_core",
+    "Batcher": "batcher",
     "Certificate": "certificate",
     "Status": "certificate",
     "plan": "certificate",
@@ -41,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Batcher",
     "Candidate",
     "Certificate",
     "Decision",

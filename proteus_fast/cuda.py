@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.utils.dlpack
+from numpy.typing import NDArray
 from torch import Tensor
 
 from proteus_fast.certificate import Guarantee, Mode
@@ -137,6 +139,29 @@ def route_batch(
     if not hasattr(library, "from_dlpack"):
         return answers
     return tuple(library.from_dlpack(answer) for answer in answers)
+
+
+def batch_route(router: Router, snapshot: Snapshot) -> Callable[..., list[NDArray[Any]]]:
+    """What ``_core.Batcher`` calls to route whole batches by ``snapshot``, on its device; see ``_core.Batcher``."""
+
+    def route(
+        texts: list[str] | None,
+        x: NDArray[np.float32] | None,
+        tau: NDArray[np.float64],
+        mode: Mode,
+        guarantee: Guarantee,
+        available: NDArray[np.uint64],
+    ) -> list[NDArray[Any]]:
+        rows = torch.as_tensor(x if texts is None else router.encode(texts)).to(snapshot.device)
+        bits = available[:, None] >> np.arange(len(router.pool), dtype=np.uint64) & np.uint64(1)
+        # nothing missing is how a certified decision is asked for
+        mask = None if bits.all() else torch.from_numpy(bits.astype(np.bool_)).to(snapshot.device)
+        target = torch.from_numpy(tau).to(snapshot.device)
+        answers = decide(snapshot, rows, target, mode=mode, guarantee=guarantee, available=mask)
+        columns = (answers.choice, answers.mu, answers.score, answers.status, answers.certified_floor)
+        return [column.cpu().numpy() for column in columns]
+
+    return route
 
 
 def capture(

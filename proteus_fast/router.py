@@ -118,7 +118,7 @@ class Router:
     Attributes:
         pool: the candidates. input_dim: D, the width of what ``route_batch`` takes and ``encode`` returns.
         mode: the default mode. certificate: what the targets rest on. versions: what this router is made of.
-        snapshot: the engine's form of it.
+        snapshot: the engine's form of it. texts_certified: where it is not, every answer for a text is UNCERTIFIED.
     """
 
     def __init__(self, source: Checkpoint, precision: str = "float32", encoder_device: str = "cpu") -> None:
@@ -138,7 +138,8 @@ class Router:
             "certificate": checkpoint.certificate_digest(self.certificate)[:16],
         }
         hashed = _build_hash_encoder(source)
-        self._encoder = hashed if config.source is None else LazyEncoder(config.source, encoder_device)
+        self._encoder = hashed if config.source is None else LazyEncoder(config.source, encoder_device, precision)
+        self.texts_certified = not (isinstance(self._encoder, LazyEncoder) and self._encoder.rounded)
         self.snapshot = _core.Snapshot(**snapshot_arguments(source, _core.Path), encoder=hashed)
 
     @classmethod
@@ -154,8 +155,8 @@ class Router:
         Args:
             path: the folder. device: ``cuda`` or ``cuda:N`` also puts it on that GPU and compiles its usual kernels;
                 a router gets to a GPU by itself with the first tensor from there, only later.
-            precision: of matrix products on GPUs: ``float32``, which chooses as the CPU does, or ``bfloat16``, whose
-                answers are UNCERTIFIED.
+            precision: of matrix products on GPUs, a transformer's there too: ``float32``, which chooses as the CPU
+                does, or ``bfloat16``, whose answers are UNCERTIFIED: no certificate was counted with it.
             encoder: where the transformer of a checkpoint is, if not where it was; its files must be the same.
 
         Raises:
@@ -360,8 +361,7 @@ class Router:
         target = to_tau(tau)
         if not isinstance(target, float):
             raise TypeError(f"tau: expected one number, got {type(tau).__name__}")
-        tau = target
-        tau_index(tau)
+        tau_index(target)
         mask = None if available is None else self.pool.available(available)
         if mask is not None and not mask.any():
             raise ValueError("available: expected at least one candidate, got none")
@@ -369,36 +369,36 @@ class Router:
         if prices is not None and not (np.isfinite(prices) & (prices >= 0)).all():
             raise ValueError("price_usd: expected finite values >= 0, got others")
         x = to_host(self.encode([query]))
-        choice, mu, score, status, floor, predicted, scores = self.snapshot.scores(
-            x, tau, mode, guarantee, mask, prices
-        )
+        answers = self.snapshot.scores(x, target, mode, guarantee, mask, prices)
+        choice, mu, score, status, floor, predicted, scores = answers
+        if not self.texts_certified and status[0] != Status.INVALID:
+            status[0], floor[0] = Status.UNCERTIFIED, np.nan
         if strict:
-            self.check_strict(status, tau, mode, guarantee)
+            self.check_strict(status, target, mode, guarantee)
+        decision = self.decision_of((choice, mu, score, status, floor, scores), mode, guarantee)
+        used = self.pool.price_usd if prices is None else np.ravel(prices)
+        values = (predicted[0].tolist(), used.tolist(), scores[0].tolist())
+        return Explanation(decision, *[dict(zip(self.pool.names, column, strict=True)) for column in values])
+
+    def decision_of(self, answers: Sequence[NDArray[Any]], mode: Mode | None, guarantee: Guarantee) -> Decision:
+        """The first row of the engine's choice, mu, score, status, floor and scores (B, K) as a decision."""
         # plain floats: K is small, and NumPy's scalars cost more than the decision
-        score_of: list[float] = scores[0].tolist()
-        eligible = [i for i, value in enumerate(score_of) if math.isfinite(value)]
-        order = sorted(eligible, key=lambda i: -score_of[i])
-        chosen = int(choice[0])
-        if chosen < 0:
+        choice, mu, score, status, floor, score_of = (column[0].tolist() for column in answers)
+        if choice < 0:
             raise ValueError("price_usd: expected prices that leave finite scores, got others")
         names = self.pool.names
-        decision = Decision(
-            candidate=names[chosen],
-            choice=chosen,
-            mu=float(mu[0]),
-            score=float(score[0]),
-            status=Status(int(status[0])),
-            certified_floor=None if np.isnan(floor[0]) else round(float(floor[0]), 3),
+        eligible = [i for i, value in enumerate(score_of) if math.isfinite(value)]
+        order = sorted(eligible, key=lambda i: -score_of[i])
+        return Decision(
+            candidate=names[choice],
+            choice=choice,
+            mu=mu,
+            score=score,
+            status=Status(status),
+            certified_floor=None if math.isnan(floor) else round(floor, 3),
             tau_max=self.certificate.tau_max(mode or self.mode, guarantee),
-            fallbacks=tuple(names[i] for i in order if i != chosen),
+            fallbacks=tuple(names[i] for i in order if i != choice),
             versions=dict(self.versions),
-        )
-        used = self.pool.price_usd if prices is None else np.ravel(prices)
-        return Explanation(
-            decision,
-            dict(zip(names, predicted[0].tolist(), strict=True)),
-            dict(zip(names, used.tolist(), strict=True)),
-            dict(zip(names, score_of, strict=True)),
         )
 
     def feasibility(self, tau: float, guarantee: Guarantee = "certified") -> Feasibility:

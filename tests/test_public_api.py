@@ -61,7 +61,9 @@ def test_every_public_name_is_there(name: str) -> None:
 
 
 def test_the_documented_names_are_public() -> None:
-    documented = "Router RouteBatch Decision QueueFullError use route_batch train TrainConfig evaluate Report plan"
+    documented = (
+        "Batcher Router RouteBatch Decision QueueFullError use route_batch train TrainConfig evaluate Report plan"
+    )
     assert set(documented.split()) <= set(proteus_fast.__all__)
 
 
