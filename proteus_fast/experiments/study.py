@@ -27,9 +27,11 @@ from proteus_fast.evaluation.metrics import (
 from proteus_fast.evaluation.outcomes import Division, OutcomeTable, read_division, read_table, shared_prompts
 from proteus_fast.evaluation.report import LeakError
 from proteus_fast.training.fit_policy import Nowhere, Problem, Store, curve_of, positions_of, to_rows
+from proteus_fast.training.fit_predictor import fit_predictor
 from proteus_fast.training.ppo import Rows, Trainer, follow
 from proteus_fast.training.predictor import HashPredictor
-from proteus_fast.training.train import Stages, TrainConfig, fingerprint, fit_predictor
+from proteus_fast.training.stages import Stages
+from proteus_fast.training.train import TrainConfig, fingerprint
 
 FloatArray = NDArray[np.float64]
 T = TypeVar("T")
@@ -79,7 +81,8 @@ def load_study(folder: Path, cache: Path | None = None, progress: Callable[[str]
     test = read_table(folder / "test.parquet").with_candidates(division.fit.candidates)
     if shared_prompts(test.prompts, division.fit.prompts + division.calibration.prompts):
         raise LeakError(f"{folder}: expected no test prompt in train or val, got some")
-    config = TrainConfig(data=folder, out=folder, mode="policy")
+    # the link of the runs that docs/results reports
+    config = TrainConfig(data=folder, out=folder, mode="policy", links=("clip",))
     where = Path() if cache is None else cache / test.name
     stages = Stages(where, fingerprint(config, division), read_only=cache is None)
     first = fit_predictor(config, division, stages, progress)
@@ -91,7 +94,13 @@ def load_study(folder: Path, cache: Path | None = None, progress: Callable[[str]
 def study_of(
     division: Division, test: OutcomeTable, hashed: HashPredictor, problem: Problem, store: Store | None = None
 ) -> Study:
-    """A study of prepared parts; an experiment that changes costs makes its own."""
+    """A study of prepared parts, of a predictor with the link ``clip``; an experiment that changes costs makes its own.
+
+    Raises:
+        ValueError: the predictor has another link.
+    """
+    if hashed.link != "clip":
+        raise ValueError(f"hashed: expected the link clip, got {hashed.link}")
     h = hashed.encode(test.prompts)
     p = np.clip(h.astype(np.float64) @ hashed.weight + hashed.bias, 0.0, 1.0)
     fit = problem.table

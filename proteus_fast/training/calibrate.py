@@ -111,6 +111,7 @@ def plug_in_checkpoint(
     *,
     encoder: tuple[float, ...] = (),
     source: EncoderSource | None = None,
+    predicted: NDArray[np.bool_] | None = None,
     link: str = "clip",
     delta: float,
     seed: int,
@@ -123,6 +124,7 @@ def plug_in_checkpoint(
         fit: rows that the predictor was trained on. p: its out-of-fold predictions there, (n, K). calibration: rows
             that nothing has read. x: embeddings of the calibration rows, (m, D); without ``tensors``, their predicted
             accuracies themselves, (m, K). tensors: the router's. encoder: block weights where it has the hash encoder.
+        predicted: bool, which of the fit rows ``p`` has, (n,); None: all.
         source: of its transformer, where it has one. policy: a policy over the same predictor, certified beside the
             plug-in rule.
     """
@@ -132,7 +134,8 @@ def plug_in_checkpoint(
             "predictor.weight": np.eye(candidates, dtype=np.float32),
             "predictor.bias": np.zeros(candidates, np.float32),
         }
-    pool = pool_of(fit)
+    # prices and mean scores are of all rows that were fitted, the path of those that were predicted honestly
+    pool, score = pool_of(fit), fit.score if predicted is None else fit.score[predicted]
     unit, kappa = cost_unit_and_scale(p, pool.price_usd)
     gamma = DUAL_GAMMA if policy is None else policy.gamma
     config = Config(
@@ -155,7 +158,7 @@ def plug_in_checkpoint(
     )
     paths: dict[Mode, Path] = {
         "dual": build_dual_path(
-            np.clip(p, 0.0, 1.0), fit.score, pool.price_usd, cost_unit_usd=unit, kappa=kappa, gamma=gamma
+            np.clip(p, 0.0, 1.0), score, pool.price_usd, cost_unit_usd=unit, kappa=kappa, gamma=gamma
         )
     }
     if policy is not None:

@@ -9,6 +9,7 @@ of models that saw neither their own fold nor k: ten more closed-form solutions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,21 +64,28 @@ class CrossFit:
     nested: FloatArray
 
 
-def cross_fit(kernel: Float32, target: FloatArray, alpha: FloatArray, fold: NDArray[np.int64]) -> CrossFit:
+def cross_fit(
+    kernel: Float32,
+    target: FloatArray | Callable[[frozenset[int]], FloatArray],
+    alpha: FloatArray,
+    fold: NDArray[np.int64],
+) -> CrossFit:
     """Ridge predictions of columns under fixed penalties, plain and nested.
 
     Args:
-        kernel: inner products of the features, (n, n). target: (n, C). alpha: (C,); infinite: predicts zero.
-        fold: (n,).
+        kernel: inner products of the features, (n, n). target: (n, C), or a function that makes it where the labels of
+            some folds may not be seen. alpha: (C,); infinite: predicts zero. fold: (n,); a row of no fold is never held
+            out.
     """
-    plain = np.zeros_like(target)
-    nested = np.zeros((FOLDS, *target.shape))
+    plain = np.zeros((len(fold), len(alpha)))
+    nested = np.zeros((FOLDS, *plain.shape))
     live = np.isfinite(alpha)
     for j in range(FOLDS):
         for k in range(j, FOLDS):
             rest = (fold != j) & (fold != k)
-            mean = target[rest].mean(axis=0)
-            dual = solve_columns(kernel[np.ix_(rest, rest)], target[rest] - mean, alpha)
+            known = (target(frozenset({j, k})) if callable(target) else target)[rest]
+            mean = known.mean(axis=0)
+            dual = solve_columns(kernel[np.ix_(rest, rest)], known - mean, alpha)
             for own, other in ((j, k), (k, j)):
                 rows = fold == own
                 guess = np.where(live, kernel[np.ix_(rows, rest)] @ dual + mean, 0.0)

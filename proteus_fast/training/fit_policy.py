@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from proteus_fast.certificate import Path, lay_path
 from proteus_fast.evaluation.metrics import SELECTION_TARGETS, Curve, plug_in_curve, relative_targets
 from proteus_fast.evaluation.outcomes import FOLDS, OutcomeTable
+from proteus_fast.training.distributed import from_first, is_first
 from proteus_fast.training.ppo import (
     Dual,
     PolicyConfig,
@@ -22,8 +23,6 @@ from proteus_fast.training.ppo import (
     Trainer,
     build_network,
     follow,
-    from_first,
-    is_first,
 )
 from proteus_fast.training.start import Start, dual_start
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,22 +14,37 @@ from numpy.typing import NDArray
 from proteus_fast.arrays import to_host
 from proteus_fast.checkpoint import Array
 from proteus_fast.encoder import EncoderSource, TransformerEncoder
-from proteus_fast.training.predictor import Float32, FloatArray, Shrinkage, Trial, fit_dual, fit_shrinkages
+from proteus_fast.training.predictor import (
+    LINKS,
+    Float32,
+    FloatArray,
+    Link,
+    Trial,
+    fit_dual,
+    fit_shrinkages,
+    linked_head,
+    through_link,
+    try_links,
+)
+
+_SAY_EVERY_S = 30.0
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FrozenPredictor:
-    """A linear predictor on a transformer's embeddings.
+    """A predictor on a transformer's embeddings, linear but for the link.
 
     Attributes:
         source: the transformer. embeddings: of the texts that training needs, by text. weight, bias: (D, K), (K,).
-        block_weight: none, as the hash encoder alone has them.
+        link: see ``through_link``. block_weight: none, as the hash encoder alone has them.
     """
 
     source: EncoderSource
     embeddings: dict[str, Float32]
     weight: Float32
     bias: Float32
+    link: Link = "clip"
     block_weight: tuple[float, ...] = ()
 
     def encode(self, texts: Sequence[str]) -> Float32:
@@ -38,15 +56,46 @@ class FrozenPredictor:
         return {}
 
 
+def embeddings_key(source: EncoderSource, texts: Sequence[str]) -> str:
+    """sha256 of everything that embeddings of texts depend on, the texts in their order."""
+    digest = hashlib.sha256(f"{source.sha256} {source.max_tokens}".encode())
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
 def embed(source: EncoderSource, texts: Sequence[str], tick: Callable[[], None], device: str = "cpu") -> Float32:
-    """Embeddings of texts, (n, D); ``tick`` is called for each hundredth of them."""
+    """Embeddings of texts, (n, D); ``tick`` is called for each hundredth, and a line is logged every half a minute."""
     encoder = TransformerEncoder(source, device)
     parts = [part for part in np.array_split(np.arange(len(texts)), 100) if len(part)]
     found = []
+    start = said = time.monotonic()
     for part in parts:
         found.append(to_host(encoder.encode([texts[i] for i in part])))
         tick()
+        if time.monotonic() - said > _SAY_EVERY_S:
+            said = time.monotonic()
+            _logger.info("encoded %d of %d texts in %.0f s", part[-1] + 1, len(texts), said - start)
     return np.concatenate(found)
+
+
+@dataclass(frozen=True)
+class FrozenFit:
+    """A fitted head.
+
+    Attributes:
+        weight, bias: for raw embeddings, (D, K) and (K,), as the link wants them. link: through which they predict.
+        p: out-of-fold predictions, (n, K). chosen: the trial that it is. trials: everything that was tried.
+    """
+
+    weight: Float32
+    bias: Float32
+    link: Link
+    p: FloatArray
+    chosen: Trial
+    trials: list[Trial]
 
 
 def fit_frozen(
@@ -56,26 +105,21 @@ def fit_frozen(
     cost_of: Callable[[FloatArray], float],
     alphas: Sequence[float],
     variants: Sequence[str],
-) -> tuple[Float32, Float32, Shrinkage, list[Trial]]:
-    """Ridge regression of the scores on standardised embeddings, its penalties chosen by cost out of fold.
+    links: Sequence[Link] = LINKS,
+) -> FrozenFit:
+    """Ridge regression of the scores on standardised embeddings, its penalties and link chosen by cost out of fold.
 
     Args:
         h: embeddings of the fit rows, (n, D). score: labels, (n, K). fold: (n,). cost_of: of predictions (n, K).
         alphas: penalties tried, in units of an embedding's mean squared norm. variants: see ``fit_shrinkages``.
-
-    Returns:
-        weight (D, K) and bias (K,) for raw embeddings, the shrinkage with its out-of-fold predictions, what was tried.
+        links: see ``through_link``.
     """
-    mean = h.mean(axis=0, dtype=np.float64)
+    mean, mean_score = h.mean(axis=0, dtype=np.float64), score.mean(axis=0)
     scale = np.maximum(h.std(axis=0, dtype=np.float64), 1e-6) * np.sqrt(h.shape[1])
     x = ((h - mean) / scale).astype(np.float32)
     kernel = x @ x.T
     found = fit_shrinkages(kernel, score, fold, alphas, variants)
-    trials = [
-        Trial((), variant, shrinkage.error, cost_of(np.clip(shrinkage.p, 0.0, 1.0)))
-        for variant, shrinkage in found.items()
-    ]
-    chosen = found[min(trials, key=lambda trial: trial.cost_usd).variant]
-    weight = (x.T.astype(np.float64) @ fit_dual(kernel, score, chosen)) / scale[:, None]
-    bias = score.mean(axis=0) - mean @ weight
-    return weight.astype(np.float32), bias.astype(np.float32), chosen, trials
+    trials, best = try_links(found, score, cost_of, links)
+    weight = (x.T.astype(np.float64) @ fit_dual(kernel, score, found[best.variant])) / scale[:, None]
+    head = linked_head(weight, mean_score - mean @ weight, mean_score, best.link)
+    return FrozenFit(*head, best.link, through_link(found[best.variant].p, mean_score, best.link), best, trials)

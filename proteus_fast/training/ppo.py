@@ -14,18 +14,17 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from proteus_fast.training.distributed import add_gradients, own_share
 from proteus_fast.training.policy import Critic, Head, PolicyNetwork, decide
 from proteus_fast.training.start import Start
 from proteus_kernels.reference import Preference, interpolate_ref, sample_beta_ref, scores_ref
-
-T = TypeVar("T")
 
 _SMALLEST_MU = 1e-5
 _SCALE_MEMORY = 0.95
@@ -381,7 +380,7 @@ class Trainer:
         for epoch in range(config.epochs):
             order = torch.randperm(size, generator=_generator(self.seed, 2 + epoch, step))
             for part in order.split(config.minibatch):  # type: ignore[no-untyped-call]
-                index = _own(part).to(batch.tau.device)
+                index = own_share(part).to(batch.tau.device)
                 rows, tau = batch.rows.take(index), batch.tau[index]
                 out = network(rows.z, tau)
                 ratio = torch.exp(_log_density(out, mu[index]) - log_density[index])
@@ -398,7 +397,7 @@ class Trainer:
                 loss = losses.sum() / len(part)
                 self.optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-                self._add_gradients()
+                add_gradients(self.parameters)
                 nn.utils.clip_grad_norm_(self.parameters, config.gradient_clip)
                 self.optimiser.step()
         if step % config.dual_every == config.dual_every - 1:
@@ -441,43 +440,8 @@ class Trainer:
             entry = {"step": self.step, "gamma": float(self.network.gamma.detach()), "bands": bands}
             self.log.append(entry)
 
-    def _add_gradients(self) -> None:
-        if not is_distributed():
-            return
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = torch.cat([gradient.ravel() for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
 
 def _log_density(out: Preference, mu: Tensor) -> Tensor:
     beta = torch.distributions.Beta(out.conc1, out.conc0, validate_args=False)
     density: Tensor = beta.log_prob(mu)  # type: ignore[no-untyped-call]
     return density
-
-
-def is_distributed() -> bool:
-    """Whether several processes train one policy."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return not is_distributed() or torch.distributed.get_rank() == 0
-
-
-def from_first(value: T) -> T:
-    """The first process's value: what decides how long to train must be one for all."""
-    if not is_distributed():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _own(part: Tensor) -> Tensor:
-    """This process's share of a minibatch."""
-    if not is_distributed():
-        return part
-    return part[torch.distributed.get_rank() :: torch.distributed.get_world_size()]

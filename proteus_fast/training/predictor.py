@@ -9,8 +9,9 @@ linear in the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import scipy.sparse
@@ -39,7 +40,14 @@ BLOCK_WEIGHTS = (
 """Weights of words, bigrams, character 4-grams and shape that are tried."""
 
 VARIANTS = ("each+0", "each+1", "each+2", "each+3", "all@3", "all@4", "all@5")
-"""Ways of choosing penalties that are tried, see ``fit_shrinkages``; with the block weights, 28 trials."""
+"""Ways of choosing penalties that are tried, see ``fit_shrinkages``; with block weights and links, 56 trials."""
+
+Link = Literal["clip", "sigmoid"]
+LINKS: tuple[Link, ...] = ("clip", "sigmoid")
+"""Links that are tried, see ``through_link``."""
+
+_EXTREME_MEAN = 0.02
+_LEAST_SLOPE = 0.1 * 0.9
 
 
 @dataclass(frozen=True)
@@ -206,9 +214,38 @@ def fit_dual(kernel: Float32, score: FloatArray, shrinkage: Shrinkage) -> FloatA
     return rotated
 
 
+def to_logits(linear: FloatArray, mean: FloatArray) -> FloatArray:
+    """Logits that agree with linear predictions (..., K) in value and slope at the mean scores (K,), up to .9 and .1.
+
+    Regression on scores sees a line where accuracy bends towards 0 and 1. The tangent costs nothing to fit, and what
+    candidates differ by shrinks where all of them are nearly sure.
+    """
+    m = mean.clip(_EXTREME_MEAN, 1.0 - _EXTREME_MEAN)
+    return np.asarray(np.log(m / (1.0 - m)) + (linear - mean) / _slope(mean))
+
+
+def _slope(mean: FloatArray) -> FloatArray:
+    """Slope of the sigmoid where it is ``mean``, at least that at .9."""
+    return np.maximum(mean * (1.0 - mean), _LEAST_SLOPE)
+
+
+def through_link(linear: FloatArray, mean: FloatArray, link: Link) -> FloatArray:
+    """Predicted accuracies, (..., K), from linear predictions: those clipped, or the sigmoid of ``to_logits``."""
+    if link == "clip":
+        return np.clip(linear, 0.0, 1.0)
+    return np.asarray(1.0 / (1.0 + np.exp(-to_logits(linear, mean))))
+
+
+def linked_head(weight: FloatArray, bias: FloatArray, mean: FloatArray, link: Link) -> tuple[Float32, Float32]:
+    """The weight (D, K) and bias (K,) of a linear predictor as a link wants them."""
+    if link == "sigmoid":
+        weight, bias = weight / _slope(mean), to_logits(bias, mean)
+    return weight.astype(np.float32), bias.astype(np.float32)
+
+
 @dataclass(frozen=True)
 class HashPredictor:
-    """A trained hash encoder with its linear predictor, as a checkpoint holds them."""
+    """A trained hash encoder with its predictor, linear but for the link, as a checkpoint holds them."""
 
     table: NDArray[np.int8]
     row_scale: Float32
@@ -216,6 +253,7 @@ class HashPredictor:
     block_weight: tuple[float, ...]
     weight: Float32
     bias: Float32
+    link: Link = "clip"
 
     def encode(self, texts: Sequence[str]) -> Float32:
         """Embeddings (n, D) by the engine's encoder of this table."""
@@ -284,8 +322,23 @@ class Trial:
 
     block_weight: tuple[float, ...]
     variant: str
+    link: Link
     error: float
     cost_usd: float
+
+
+def try_links(
+    shrinkages: Mapping[str, Shrinkage], score: FloatArray, cost_of: Callable[[FloatArray], float],
+    links: Sequence[Link], setting: tuple[float, ...] = (),
+) -> tuple[list[Trial], Trial]:  # fmt: skip
+    """Every shrinkage through every link, and the trial that costs least out of fold, the first of equals."""
+    mean = score.mean(axis=0)
+    trials = []
+    for variant, shrinkage in shrinkages.items():
+        for link in links:
+            p = through_link(shrinkage.p, mean, link)
+            trials.append(Trial(setting, variant, link, float(((p - score) ** 2).mean()), cost_of(p)))
+    return trials, min(trials, key=lambda trial: trial.cost_usd)
 
 
 def search(
@@ -296,11 +349,12 @@ def search(
     settings: Sequence[tuple[float, ...]] = BLOCK_WEIGHTS,
     alphas: Sequence[float] = ALPHAS,
     variants: Sequence[str] = VARIANTS,
-) -> Iterator[tuple[list[Trial], Shrinkage]]:
-    """Try block weights one by one, each with all variants of shrinkage.
+    links: Sequence[Link] = LINKS,
+) -> Iterator[tuple[list[Trial], Trial, Shrinkage]]:
+    """Try block weights one by one, each with all variants of shrinkage and all links.
 
     Yields:
-        For every block weight the trials, in the order of ``variants``, and the shrinkage that costs least out of fold.
+        For every block weight the trials, the one that costs least out of fold, and its shrinkage.
     """
     grams = [gram(block, block) for block in features.blocks]
     for setting in settings:
@@ -310,9 +364,5 @@ def search(
                 kernel += np.float32(weight**2) * block
         squared_norm = sum(weight**2 for weight in setting)
         found = fit_shrinkages(kernel, score, fold, [alpha * squared_norm for alpha in alphas], variants)
-        trials = [
-            Trial(setting, variant, shrinkage.error, cost_of(np.clip(shrinkage.p, 0.0, 1.0)))
-            for variant, shrinkage in found.items()
-        ]
-        best = min(trials, key=lambda trial: trial.cost_usd)
-        yield trials, found[best.variant]
+        trials, best = try_links(found, score, cost_of, links, setting)
+        yield trials, best, found[best.variant]

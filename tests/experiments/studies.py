@@ -6,7 +6,9 @@ from pathlib import Path
 
 from proteus_fast.evaluation.outcomes import read_division, read_table
 from proteus_fast.experiments.study import Study, study_of
-from proteus_fast.training.train import Stages, TrainConfig, fit_predictor
+from proteus_fast.training.fit_predictor import fit_predictor
+from proteus_fast.training.stages import Stages
+from proteus_fast.training.train import TrainConfig
 from tests.evaluation import synthetic
 
 
@@ -15,7 +17,7 @@ def prepare(folder: Path, rows: int, seed: int, table_rows: int) -> Study:
     data = synthetic.write_splits(folder / "synthetic", synthetic.outcome_table(rows, seed=seed))
     config = TrainConfig(
         data=data, out=data, table_rows=table_rows, extra_dim=4, alphas=(1.0, 8.0), mode="policy",
-        block_weights=((1.0, 1.0, 1.0, 0.0),), variants=("each+0",),
+        block_weights=((1.0, 1.0, 1.0, 0.0),), variants=("each+0",), links=("clip",),
     )  # fmt: skip
     division = read_division(data)
     first = fit_predictor(config, division, Stages(data, "", read_only=True), lambda _: None)

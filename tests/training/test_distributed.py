@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,11 +17,14 @@ from threadpoolctl import threadpool_limits
 
 from proteus_fast import checkpoint
 from proteus_fast.evaluation.outcomes import read_division
-from proteus_fast.training.distributed import process_group
+from proteus_fast.training.distributed import is_distributed, is_first, process_group
 from proteus_fast.training.fit_policy import Problem, build_trainer
-from proteus_fast.training.ppo import PolicyConfig, is_distributed, is_first
-from proteus_fast.training.train import Stages, TrainConfig, fit_predictor, train
+from proteus_fast.training.fit_predictor import fit_predictor
+from proteus_fast.training.ppo import PolicyConfig
+from proteus_fast.training.stages import Stages
+from proteus_fast.training.train import TrainConfig, train
 from tests.evaluation import synthetic
+from tests.training.launch import run
 
 EVEN = PolicyConfig(
     hidden=16, sessions=4, batch=16, epochs=2, minibatch=32, session_batches=4, knots=8, learning_rate=1e-3, steps=7
@@ -53,7 +55,7 @@ import torch
 from proteus_fast.cli import main
 from proteus_fast.training import train as stages
 from proteus_fast.training.fit_policy import build_trainer
-from proteus_fast.training.ppo import is_first
+from proteus_fast.training.distributed import is_first
 
 rank = int(os.environ["RANK"])
 train = stages.train
@@ -78,21 +80,6 @@ status = main([*sys.argv[1:], "--out", f"router-{rank}"])
 assert not torch.distributed.is_initialized()
 sys.exit(status)
 """
-
-
-def run(command: list[str], folder: Path) -> tuple[str, str]:
-    """Standard output and error of a command that must succeed within five minutes."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=folder, stdout=pipe, stderr=pipe, text=True) as process:
-        try:
-            shown, errors = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            # asked to leave, the launcher takes its processes with it
-            process.terminate()
-            shown, errors = process.communicate()
-            pytest.fail(f"expected an end within 300 s, got {errors[-3000:]}")
-    assert process.returncode == 0, errors[-3000:]
-    return shown, errors
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,8 +16,10 @@ from proteus_fast.evaluation.metrics import SELECTION_TARGETS, relative_targets
 from proteus_fast.evaluation.outcomes import FOLDS, OutcomeTable, read_division
 from proteus_fast.training import fit_policy as fit_policy_module
 from proteus_fast.training.fit_policy import Nowhere, PolicyFit, Problem, fit_policy, positions_of, watched_steps
+from proteus_fast.training.fit_predictor import fit_predictor
 from proteus_fast.training.ppo import PolicyConfig, Trainer
-from proteus_fast.training.train import Stages, TrainConfig, fit_predictor
+from proteus_fast.training.stages import Stages
+from proteus_fast.training.train import TrainConfig
 from tests.evaluation import synthetic
 
 SMALL = PolicyConfig(

@@ -14,7 +14,7 @@ from proteus_fast import checkpoint
 from proteus_fast.cli import main
 from proteus_fast.evaluation.outcomes import OutcomeTable, is_cal, read_division, read_table
 from proteus_fast.router import Router
-from proteus_fast.training import train as training
+from proteus_fast.training import fit_predictor
 from proteus_fast.training.frozen import fit_frozen
 from proteus_fast.training.train import TrainConfig, train
 from tests import encoders
@@ -77,11 +77,17 @@ def test_embeddings_are_made_once(
     def never(*_: object) -> None:
         raise AssertionError("embedded again")
 
-    monkeypatch.setattr(training, "embed", never)
+    monkeypatch.setattr(fit_predictor, "embed", never)
     again = checkpoint.load(train(settings(data, out, directory)))
     assert again.sha256 == first
     assert again.sha256 == checkpoint.load(trained).sha256
-    # other texts' worth of tokens are other embeddings
+    # calibration texts may be replaced without a word: then the embeddings are others too
+    other = synthetic.write_splits(tmp_path / data.name, synthetic.outcome_table(700, seed=9))
+    val = read_table(other / "val.parquet")
+    synthetic.write_table(other / "val.parquet", replace(val, prompts=tuple(f"{text} more" for text in val.prompts)))
+    with pytest.raises(AssertionError, match="embedded again"):
+        train(settings(other, out, directory))
+    # and so are those of fewer tokens
     with pytest.raises(AssertionError, match="embedded again"):
         train(settings(data, out, directory, max_tokens=20))
 
@@ -129,11 +135,11 @@ def test_ridge_on_embeddings_is_ridge() -> None:
     rng = np.random.default_rng(0)
     h = rng.standard_normal((120, 7)).astype(np.float32) * [1, 5, 1, 1, 9, 1, 1] + 3
     score = rng.random((120, 3))
-    weight, bias, shrinkage, trials = fit_frozen(
-        h.astype(np.float32), score, np.arange(120) % 5, lambda p: float(p.mean()), (2.0,), ("all@0",)
+    found = fit_frozen(
+        h.astype(np.float32), score, np.arange(120) % 5, lambda p: float(p.mean()), (2.0,), ("all@0",), ("clip",)
     )
     x = (h - h.mean(axis=0)) / (h.std(axis=0) * np.sqrt(7))
     solution = np.linalg.solve(x.T @ x + 2.0 * np.eye(7), x.T @ (score - score.mean(axis=0)))
-    np.testing.assert_allclose(h @ weight + bias, x @ solution + score.mean(axis=0), atol=1e-4)
-    assert [trial.variant for trial in trials] == ["all@0"]
-    assert shrinkage.p.shape == (120, 3)
+    np.testing.assert_allclose(h @ found.weight + found.bias, x @ solution + score.mean(axis=0), atol=1e-4)
+    assert [trial.variant for trial in found.trials] == ["all@0"]
+    assert found.p.shape == (120, 3)

@@ -109,3 +109,25 @@ def test_quantise_rounds_to_half_a_step() -> None:
     assert table.dtype == np.int8
     assert np.all(np.abs(table * scale[:, None].astype(np.float64) - directions) <= 0.5001 * scale[:, None] + 1e-30)
     assert not table[7].any()
+
+
+def test_logits_are_tangent_to_the_line_at_the_mean() -> None:
+    mean = np.array([0.3, 0.9, 1.0])
+    p = predictor.through_link(np.tile(mean, (2, 1)), mean, "sigmoid")
+    np.testing.assert_allclose(p, np.tile([0.3, 0.9, 0.98], (2, 1)))
+    step = 1e-6
+    slope = (predictor.through_link(mean + step, mean, "sigmoid") - p[0]) / step
+    # no steeper than at .9: where a candidate never fails, nothing says how fast it would begin to
+    np.testing.assert_allclose(slope, [1.0, 1.0, 0.02 * 0.98 / 0.09], atol=1e-4)
+    assert predictor.through_link(np.array([-9.0, 9.0, 0.5]), mean, "clip").tolist() == [0.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("link", predictor.LINKS)
+def test_a_linked_head_predicts_what_the_link_says(link: predictor.Link) -> None:
+    random = np.random.default_rng(3)
+    h, weight, bias = random.standard_normal((9, 4)), random.standard_normal((4, 3)) * 0.2, random.random(3)
+    mean = np.array([0.4, 0.7, 0.999])
+    found = predictor.linked_head(weight, bias, mean, link)
+    values = h @ found[0] + found[1]
+    p = np.clip(values, 0.0, 1.0) if link == "clip" else 1.0 / (1.0 + np.exp(-values))
+    np.testing.assert_allclose(p, predictor.through_link(h @ weight + bias, mean, link), atol=1e-5)

@@ -1,0 +1,59 @@
+"""Finished stages of a training and its log, in the folder beside the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Stages:
+    """Finished stages of a run on disk, keyed by everything that they depend on."""
+
+    def __init__(self, folder: Path, fingerprint: str, *, read_only: bool = False) -> None:
+        self.folder = folder
+        self._prefix = f"stage-{fingerprint[:16]}-"
+        self._read_only = read_only
+        self._began = time.monotonic()
+        if read_only:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("stage-*.npz"):
+            if not stale.name.startswith(self._prefix):
+                stale.unlink()
+
+    def load(self, name: str) -> dict[str, NDArray[Any]] | None:
+        """Arrays of a finished stage; None where it has yet to run."""
+        path = self.folder / f"{self._prefix}{name}.npz"
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def save(self, name: str, **arrays: Any) -> dict[str, NDArray[Any]]:
+        """Keep the arrays of a stage; a reader never sees a part of them."""
+        if self._read_only:
+            return {key: np.asarray(value) for key, value in arrays.items()}
+        path = self.folder / f"{self._prefix}{name}.npz"
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+        partial.rename(path)
+        return {key: np.asarray(value) for key, value in arrays.items()}
+
+    def drop(self, name: str) -> None:
+        """Remove what was kept of a stage."""
+        if not self._read_only:
+            (self.folder / f"{self._prefix}{name}.npz").unlink(missing_ok=True)
+
+    def log(self, **entry: Any) -> None:
+        """Append a line to log.jsonl; ``seconds`` is since the run began."""
+        if self._read_only:
+            return
+        entry["seconds"] = round(time.monotonic() - self._began, 3)
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
