@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +49,31 @@ def _taus(text: str) -> list[float]:
     return values
 
 
-def _load(path: str | None) -> Router:
+# what comes with proteus-fast[transformers]
+_TRANSFORMERS = {"transformers", "tokenizers", "huggingface_hub"}
+
+
+def _load(path: str | None, encoder: str | None = None) -> Router:
     from proteus_fast.router import Router
 
-    return Router.load(path or os.environ.get("PROTEUS_CHECKPOINT") or None)
+    return Router.load(path or os.environ.get("PROTEUS_CHECKPOINT") or None, encoder=encoder)
+
+
+@contextmanager
+def _saying(command: str, *, quiet: bool) -> Iterator[None]:
+    """Let what takes long say on standard error how far it is, whether that is a terminal or not."""
+    # of this package alone: libraries have much to say at this level
+    logger = logging.getLogger("proteus_fast")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"proteus {command}: %(message)s"))
+    level = logger.level
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -60,19 +83,28 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from proteus_fast.training.distributed import process_group
-    from proteus_fast.training.ppo import PolicyConfig, is_first
+    from proteus_fast.training.distributed import is_first, process_group
+    from proteus_fast.training.finetune import FinetuneConfig
+    from proteus_fast.training.ppo import PolicyConfig
     from proteus_fast.training.train import TrainConfig, train
 
     options = {"head": arguments.head, "dual": arguments.dual, "steps": arguments.policy_steps}
     settings: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if arguments.mode == "dual" and settings:
         raise ValueError("mode: expected policy or cheaper with --head, --dual or --policy-steps, got dual")
+    names = ("epochs", "batch_size", "accumulate", "learning_rate", "precision")
+    tuning = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if tuning and not arguments.finetune:
+        raise ValueError(f"finetune: expected --finetune with --{next(iter(tuning)).replace('_', '-')}, got none")
     config = TrainConfig(
         data=arguments.data,
         out=arguments.out,
         encoder=arguments.encoder,
         max_tokens=arguments.max_tokens,
+        teacher=arguments.teacher,
+        unlabelled=arguments.unlabelled,
+        hold_encoder=arguments.hold_encoder,
+        finetune=FinetuneConfig(**tuning) if arguments.finetune else None,
         delta=arguments.delta,
         seed=arguments.seed,
         refine=not arguments.no_refine,
@@ -96,12 +128,28 @@ def _train(arguments: argparse.Namespace) -> int:
         "tau_max": router.tau_max,
         "router": router.versions["router"],
     }
+    for asked, name in ((arguments.finetune, "finetune"), (arguments.teacher is not None, "distil")):
+        if asked:
+            summary[f"{name}_kept"] = _was_kept(Path(arguments.out), f"{name} selected")
     if arguments.json:
         _write_json(summary)
     else:
         reach = "no target certified" if router.tau_max is None else f"targets certified up to {router.tau_max:.3f}"
         _write(f"{arguments.out}: {len(router.pool)} candidates, {router.certificate.n} calibration rows, {reach}")
+        if "finetune_kept" in summary:
+            _write(
+                f"encoder: {'the fine-tuned one' if summary['finetune_kept'] else 'the frozen one, which costs less'}"
+            )
+        if "distil_kept" in summary:
+            _write(f"teacher: {'learnt from' if summary['distil_kept'] else 'not kept, labels alone cost less'}")
     return OK
+
+
+def _was_kept(out: Path, stage: str) -> bool:
+    """What the training's log last said of a part that is kept only where it costs less."""
+    log = out.with_name(out.name + ".training") / "log.jsonl"
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return bool([entry["kept"] for entry in entries if entry["stage"] == stage][-1])
 
 
 def _experiment(arguments: argparse.Namespace) -> int:
@@ -141,7 +189,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     table = read_table(folder / f"{arguments.split}.parquet")
     has_division = (folder / "train.parquet").is_file() and (folder / "val.parquet").is_file()
     division = read_division(folder) if has_division else None
-    router = _load(arguments.checkpoint)
+    router = _load(arguments.checkpoint, arguments.encoder)
     steps = 0 if division is None else 3
     try:
         # None: off where standard error is no terminal
@@ -162,7 +210,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _route(arguments: argparse.Namespace) -> int:
-    decision = _load(arguments.checkpoint).route(
+    decision = _load(arguments.checkpoint, arguments.encoder).route(
         arguments.text, arguments.tau, available=arguments.available, guarantee=arguments.guarantee
     )
     if arguments.strict and decision.status is Status.INFEASIBLE:
@@ -206,7 +254,7 @@ def _certify(arguments: argparse.Namespace) -> int:
     from proteus_fast.training.calibrate import recertify
 
     table = read_table(arguments.data)
-    source = checkpoint.load(arguments.checkpoint)
+    source = _load(arguments.checkpoint, arguments.encoder).checkpoint
     result = recertify(source, table, delta=arguments.delta, seed=arguments.seed)
     checkpoint.save(result, arguments.out)
     certificate = result.certificate
@@ -240,6 +288,9 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
             command.add_argument("--json", action="store_true", help=f"print {json_of} as JSON")
         return command
 
+    def add_encoder(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--encoder", metavar="DIR", help="where the checkpoint's transformer is, if it was moved")
+
     demo = add("demo", _demo, "start a server on the embedded router, route queries, print a table", "the table")
     demo.add_argument("--plot", default="proteus-frontier.png", help="where the frontier goes (default %(default)s)")
 
@@ -247,7 +298,22 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
     train.add_argument("--data", required=True, metavar="DIR")
     train.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to write")
     train.add_argument("--encoder", default="hash", help="hash, a Hugging Face directory, or a name on the hub")
+    train.add_argument("--teacher", metavar="DIR", help="a transformer that the hash encoder learns from")
+    train.add_argument("--unlabelled", metavar="FILE", help="Parquet file of further prompts to ask the teacher about")
     train.add_argument("--max-tokens", type=int, help="of the transformer; a longer text's first ones count")
+    train.add_argument("--hold-encoder", action="store_true", help="copy the transformer into the checkpoint")
+    train.add_argument(
+        "--finetune", action="store_true",
+        help="also train all weights of the transformer; kept, and held, where it costs less on a held-out fold",
+    )  # fmt: skip
+    train.add_argument("--epochs", type=int, help="of --finetune, at most")
+    train.add_argument("--batch-size", type=int, metavar="N", help="of --finetune: rows of a forward pass, at most")
+    train.add_argument("--accumulate", type=int, metavar="N", help="of --finetune: batches of a step (default 1)")
+    train.add_argument("--learning-rate", type=float, metavar="X", help="of --finetune: the head's; lower layers' less")
+    train.add_argument(
+        "--precision", choices=["float32", "bfloat16"],
+        help="of --finetune's products (default bfloat16 on cuda, else float32)",
+    )  # fmt: skip
     train.add_argument("--delta", type=float, default=0.1, help="error probability of the certificate (default .1)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--no-refine", action="store_true", help="keep the closed form without trying gradient steps")
@@ -261,7 +327,9 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
         "--head", choices=["residual", "free"], help="of the policy (default residual); free is the paper's"
     )
     train.add_argument("--policy-steps", type=int, metavar="N", help="batches of the policy's training, at most")
-    train.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the policy is trained")
+    train.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where policy and transformer are trained"
+    )
 
     experiment = add("experiment", _experiment, "repeat an experiment: a table and a plot", "its figures")
     experiment.add_argument("name", metavar="NAME", choices=_EXPERIMENTS, help=", ".join(_EXPERIMENTS))
@@ -277,6 +345,7 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
         "evaluate", _evaluate, "accuracy, floors and cost on an outcome table, beside baselines", "the report"
     )
     evaluate.add_argument("checkpoint", nargs="?", metavar="CKPT", help="default: the embedded router")
+    add_encoder(evaluate)
     evaluate.add_argument("--data", required=True, metavar="DIR")
     evaluate.add_argument("--split", default="test", help="reads DIR/SPLIT.parquet (default %(default)s)")
     evaluate.add_argument("--taus", type=_taus, metavar="T,T,...", help="default: relative to what the pool reaches")
@@ -286,6 +355,7 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
     route.add_argument("text")
     route.add_argument("--tau", type=float, required=True, help="accuracy target in [0, 1]")
     route.add_argument("--checkpoint", metavar="CKPT", help="default: the embedded router")
+    add_encoder(route)
     route.add_argument("--available", action="append", metavar="NAME", help="only these candidates (repeatable)")
     route.add_argument("--guarantee", choices=["certified", "calibrated"], default="certified")
     route.add_argument("--strict", action="store_true", help="an infeasible target is a missed check: exit status 1")
@@ -304,6 +374,7 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
 
     certify = add("certify", _certify, "certify a router again on labelled queries of one's own", "a summary")
     certify.add_argument("checkpoint", metavar="CKPT")
+    add_encoder(certify)
     certify.add_argument("--data", required=True, metavar="FILE", help="outcome table with the router's candidates")
     certify.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to write")
     certify.add_argument("--delta", type=float, default=0.1, help="error probability of the certificate (default .1)")
@@ -316,7 +387,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(with_server=words[:1] == ["serve"]).parse_args(words)
     try:
-        status: int = arguments.run(arguments)
+        # a server logs in its own way
+        with nullcontext() if arguments.command == "serve" else _saying(arguments.command, quiet=arguments.json):
+            status: int = arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         # the reader has gone: nothing more to say, and nothing for the interpreter to flush at its end
@@ -328,11 +401,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0].startswith("proteus"):
             raise
-        sys.stderr.write(
-            f"proteus {arguments.command}: expected the package {error.name}: install proteus-fast[train]\n"
-        )
+        name = error.name.split(".")[0]
+        extra = "transformers" if name in _TRANSFORMERS else "train"
+        sys.stderr.write(f"proteus {arguments.command}: expected the package {name}: install proteus-fast[{extra}]\n")
         return USAGE
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         sys.stderr.write(f"proteus {arguments.command}: {error}\n")
         return USAGE
     return status

@@ -57,7 +57,6 @@ def test_route(capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluate", "--data", "x", "--taus", ".8,high"], "expected numbers separated by commas"),
         (["evaluate", "--data", "x", "--taus", "1.8"], "expected numbers in [0, 1]"),
         (["train", "--data", "x"], "--out"),
-        (["serve"], "--address"),
         (["plan", "--tau", ".9"], "--headroom"),
     ],
 )
@@ -76,6 +75,7 @@ def test_wrong_usage_exits_with_2(words: list[str], message: str, capsys: pytest
         (["route", "hi", "--tau", ".8", "--available", "gpt-99"], "available: expected one of"),
         (["route", "hi", "--tau", ".8", "--checkpoint", "/nowhere"], "/nowhere: expected a checkpoint folder"),
         (["plan", "--tau", ".9", "--headroom", "0"], "headroom: expected"),
+        (["serve"], "address: expected --address, or address in the file of --config, got none"),
         (["plan", "--tau", ".9", "--headroom", ".01", "--delta", "2"], "delta: expected"),
         (["train", "--data", "/nowhere", "--out", "/tmp/x"], "/nowhere/train.parquet: expected a Parquet file"),
         (
