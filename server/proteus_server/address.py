@@ -31,8 +31,8 @@ class Address(NamedTuple):
         return f"{_bracketed(self.host)}:{self.port}" if self.path is None else f"unix:{self.path}"
 
 
-def parse(text: str) -> Address:
-    """Read HOST:PORT, [IPV6]:PORT or unix:PATH.
+def parse(text: str, argument: str = "address") -> Address:
+    """Read HOST:PORT, [IPV6]:PORT or unix:PATH; `argument` is what the message calls it.
 
     Raises:
         ValueError: the text is none of these.
@@ -43,32 +43,34 @@ def parse(text: str) -> Address:
             path = path[2:]
         size = len(os.fsencode(path))
         if not 0 < size <= _MAX_UNIX_PATH_BYTES or "\0" in path:
-            raise ValueError(f"address: expected a path of 1 to {_MAX_UNIX_PATH_BYTES} bytes, got {size} bytes")
+            raise ValueError(f"{argument}: expected a path of 1 to {_MAX_UNIX_PATH_BYTES} bytes, got {size} bytes")
         return Address("", 0, path)
     host, colon, port = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise ValueError(f"address: expected an IPv6 host in brackets, got {text!r}")
+        raise ValueError(f"{argument}: expected an IPv6 host in brackets, got {text!r}")
     if not colon or not host or not port.isascii() or not port.isdecimal() or not 0 <= int(port) <= 65_535:
-        raise ValueError(f"address: expected HOST:PORT or unix:PATH, got {text!r}")
+        raise ValueError(f"{argument}: expected HOST:PORT or unix:PATH, got {text!r}")
     return Address(host, int(port), None)
 
 
-def checked(text: str, *, insecure: bool) -> Address:
+def checked(text: str, *, insecure: bool, argument: str = "address") -> Address:
     """Read an address, and refuse one that other machines can reach unless `insecure`: the server speaks cleartext.
 
     Raises:
         ValueError: the text is no address, or is not allowed.
         OSError: the host does not resolve.
     """
-    address = parse(text)
-    if not insecure and not is_loopback(address):
-        raise ValueError(f"address: expected loopback or a Unix socket, got {text!r} (cleartext: --insecure allows it)")
+    address = parse(text, argument)
+    if not insecure and not is_loopback(address, argument):
+        # nothing allows it for who may change what is served
+        hint = "" if argument == "admin_address" else " (cleartext: --insecure allows it)"
+        raise ValueError(f"{argument}: expected loopback or a Unix socket, got {text!r}{hint}")
     return address
 
 
-def is_loopback(address: Address) -> bool:
+def is_loopback(address: Address, argument: str = "address") -> bool:
     """Whether only this machine can reach the address. A name counts if all it resolves to is loopback.
 
     Raises:
@@ -79,7 +81,7 @@ def is_loopback(address: Address) -> bool:
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise OSError(f"address: expected a host that resolves, got {address.host!r} ({error.strerror})") from None
+        raise OSError(f"{argument}: expected a host that resolves, got {address.host!r} ({error.strerror})") from None
     return all(ipaddress.ip_address(str(info[4][0]).partition("%")[0]).is_loopback for info in found)
 
 

@@ -51,11 +51,16 @@ class Timings(NamedTuple):
 
 
 class Versions(NamedTuple):
-    """What decided: hashes of the checkpoint, of its prices and of its certificate."""
+    """What decided: hashes of the checkpoint, of the prices, of the certificate and of who may answer.
+
+    `generation` counts the server's changes, from 1.
+    """
 
     router: str
     prices: str
     certificate: str
+    availability: str
+    generation: int
 
 
 class Decision(NamedTuple):
@@ -334,4 +339,4 @@ def _timings(timings: pb.Timings) -> Timings:
 
 
 def _versions(versions: pb.Versions) -> Versions:
-    return Versions(versions.router, versions.prices, versions.certificate)
+    return Versions(versions.router, versions.prices, versions.certificate, versions.availability, versions.generation)

@@ -10,10 +10,11 @@ import logging
 import secrets
 import traceback
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -33,6 +34,7 @@ _EXCEPTIONS: dict[grpc.StatusCode, type[Exception]] = {
 }
 
 _log = logging.getLogger("proteus_server")
+_Request = TypeVar("_Request", bound=Message)
 
 
 class Refusal(Exception):
@@ -102,10 +104,32 @@ def refusal_of(error: Exception, method: str, *, draining: bool) -> Refusal:
     if draining and isinstance(error, RuntimeError):
         return unavailable()
     reference = secrets.token_hex(8)
-    _log.error("internal error: reference=%s method=%s %s", reference, method, describe(error))
+    described = describe(error)
+    _log.error(
+        "internal error: reference=%s method=%s %s",
+        reference,
+        method,
+        described,
+        extra={"event": "internal error", "fields": {"reference": reference, "method": method, "error": described}},
+    )
     return Refusal(
         code_pb2.INTERNAL, f"internal error, reference {reference}", _error_info("INTERNAL", {"reference": reference})
     )
+
+
+def parse(kind: type[_Request], data: bytes) -> _Request:
+    """Read a request.
+
+    Raises:
+        Refusal: the bytes are no such message.
+    """
+    try:
+        request: _Request = kind.FromString(data)
+        return request
+    except DecodeError:
+        raise invalid(
+            [("request", f"expected a {kind.DESCRIPTOR.full_name}, got {len(data)} bytes that are none")]
+        ) from None
 
 
 def exception_of(error: grpc.RpcError) -> Exception:
@@ -132,12 +156,18 @@ def describe(error: BaseException) -> str:
 
 def to_grpc(refusal: Refusal) -> grpc.Status:
     """The refusal as grpcio's abort_with_status takes it: google.rpc.Status in the trailing metadata."""
+    return rpc_status.to_status(to_status(refusal))
+
+
+def to_status(refusal: Refusal) -> status_pb2.Status:
+    """The refusal as google.rpc.Status."""
     status = status_pb2.Status(code=refusal.code, message=refusal.text)
     for detail in refusal.details:
         packed = any_pb2.Any()
-        packed.Pack(detail)
+        # maps in one order, the core's
+        packed.Pack(detail, deterministic=True)
         status.details.append(packed)
-    return rpc_status.to_status(status)
+    return status
 
 
 def _error_info(reason: str, metadata: Mapping[str, str]) -> Message:

@@ -24,19 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cproteus_server/proteus.proto\x12\nproteus.v1\"\xc3\x01\n\x0cRouteRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\tembedding\x18\x02 \x01(\x0cH\x00\x12\x10\n\x03tau\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tavailable\x18\x04 \x03(\t\x12\x0e\n\x06strict\x18\x05 \x01(\x08\x12\x1e\n\x04mode\x18\x06 \x01(\x0e\x32\x10.proteus.v1.Mode\x12(\n\tguarantee\x18\x07 \x01(\x0e\x32\x15.proteus.v1.GuaranteeB\x07\n\x05inputB\x06\n\x04_tau\"\xa3\x02\n\nRouteReply\x12\x11\n\tcandidate\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\x05\x12\n\n\x02mu\x18\x03 \x01(\x02\x12\r\n\x05score\x18\x04 \x01(\x02\x12\"\n\x06status\x18\x05 \x01(\x0e\x32\x12.proteus.v1.Status\x12\x1c\n\x0f\x63\x65rtified_floor\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07tau_max\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tfallbacks\x18\x08 \x03(\t\x12$\n\x07timings\x18\t \x01(\x0b\x32\x13.proteus.v1.Timings\x12&\n\x08versions\x18\n \x01(\x0b\x32\x14.proteus.v1.VersionsB\x12\n\x10_certified_floorB\n\n\x08_tau_max\"\xbe\x01\n\x11RouteBatchRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x12\n\nembeddings\x18\x02 \x01(\x0c\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0b\n\x03tau\x18\x04 \x03(\x01\x12\x11\n\tavailable\x18\x05 \x03(\t\x12\x0e\n\x06strict\x18\x06 \x01(\x08\x12\x1e\n\x04mode\x18\x07 \x01(\x0e\x32\x10.proteus.v1.Mode\x12(\n\tguarantee\x18\x08 \x01(\x0e\x32\x15.proteus.v1.Guarantee\"\xfd\x01\n\x0fRouteBatchReply\x12\x12\n\ncandidates\x18\x01 \x03(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x03(\x05\x12\n\n\x02mu\x18\x03 \x03(\x02\x12\r\n\x05score\x18\x04 \x03(\x02\x12\"\n\x06status\x18\x05 \x03(\x0e\x32\x12.proteus.v1.Status\x12\x17\n\x0f\x63\x65rtified_floor\x18\x06 \x03(\x01\x12\x14\n\x07tau_max\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12$\n\x07timings\x18\x08 \x01(\x0b\x32\x13.proteus.v1.Timings\x12&\n\x08versions\x18\t \x01(\x0b\x32\x14.proteus.v1.VersionsB\n\n\x08_tau_max\"A\n\x07Timings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x11\n\tencode_ns\x18\x02 \x01(\x04\x12\x11\n\tdecide_ns\x18\x03 \x01(\x04\"?\n\x08Versions\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x0e\n\x06prices\x18\x02 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\t\"\x10\n\x0e\x45xplainRequest\"\x0e\n\x0c\x45xplainReply\"\x16\n\x14ReportOutcomeRequest\"\x14\n\x12ReportOutcomeReply\"\x10\n\x0eGetInfoRequest\"\xce\x02\n\x0cGetInfoReply\x12)\n\ncandidates\x18\x01 \x03(\x0b\x32\x15.proteus.v1.Candidate\x12\x11\n\tinput_dim\x18\x02 \x01(\r\x12\x12\n\ntakes_text\x18\x03 \x01(\x08\x12&\n\x0c\x64\x65\x66\x61ult_mode\x18\x04 \x01(\x0e\x32\x10.proteus.v1.Mode\x12\r\n\x05\x64\x65lta\x18\x05 \x01(\x01\x12\x18\n\x10\x63\x61libration_rows\x18\x06 \x01(\x04\x12\x14\n\x07tau_max\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\ndata_plane\x18\x08 \x01(\t\x12\x19\n\x11\x63heckpoint_schema\x18\t \x01(\r\x12&\n\x08versions\x18\n \x01(\x0b\x32\x14.proteus.v1.Versions\x12\"\n\x06limits\x18\x0b \x01(\x0b\x32\x12.proteus.v1.LimitsB\n\n\x08_tau_max\"6\n\tCandidate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13price_usd_per_query\x18\x02 \x01(\x01\"H\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\r\x12\x12\n\nbatch_rows\x18\x02 \x01(\r\x12\x13\n\x0bqueue_calls\x18\x03 \x01(\r*\\\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x46\x45\x41SIBLE\x10\x01\x12\x0e\n\nINFEASIBLE\x10\x02\x12\x0f\n\x0bUNCERTIFIED\x10\x03\x12\x0b\n\x07INVALID\x10\x04*<\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_DUAL\x10\x01\x12\x0f\n\x0bMODE_POLICY\x10\x02*Y\n\tGuarantee\x12\x19\n\x15GUARANTEE_UNSPECIFIED\x10\x00\x12\x17\n\x13GUARANTEE_CERTIFIED\x10\x01\x12\x18\n\x14GUARANTEE_CALIBRATED\x10\x02\x32\xe9\x02\n\rRouterService\x12\x39\n\x05Route\x12\x18.proteus.v1.RouteRequest\x1a\x16.proteus.v1.RouteReply\x12H\n\nRouteBatch\x12\x1d.proteus.v1.RouteBatchRequest\x1a\x1b.proteus.v1.RouteBatchReply\x12?\n\x07\x45xplain\x12\x1a.proteus.v1.ExplainRequest\x1a\x18.proteus.v1.ExplainReply\x12Q\n\rReportOutcome\x12 .proteus.v1.ReportOutcomeRequest\x1a\x1e.proteus.v1.ReportOutcomeReply\x12?\n\x07GetInfo\x12\x1a.proteus.v1.GetInfoRequest\x1a\x18.proteus.v1.GetInfoReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cproteus_server/proteus.proto\x12\nproteus.v1\"\xc3\x01\n\x0cRouteRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\tembedding\x18\x02 \x01(\x0cH\x00\x12\x10\n\x03tau\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tavailable\x18\x04 \x03(\t\x12\x0e\n\x06strict\x18\x05 \x01(\x08\x12\x1e\n\x04mode\x18\x06 \x01(\x0e\x32\x10.proteus.v1.Mode\x12(\n\tguarantee\x18\x07 \x01(\x0e\x32\x15.proteus.v1.GuaranteeB\x07\n\x05inputB\x06\n\x04_tau\"\xa3\x02\n\nRouteReply\x12\x11\n\tcandidate\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\x05\x12\n\n\x02mu\x18\x03 \x01(\x02\x12\r\n\x05score\x18\x04 \x01(\x02\x12\"\n\x06status\x18\x05 \x01(\x0e\x32\x12.proteus.v1.Status\x12\x1c\n\x0f\x63\x65rtified_floor\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07tau_max\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x11\n\tfallbacks\x18\x08 \x03(\t\x12$\n\x07timings\x18\t \x01(\x0b\x32\x13.proteus.v1.Timings\x12&\n\x08versions\x18\n \x01(\x0b\x32\x14.proteus.v1.VersionsB\x12\n\x10_certified_floorB\n\n\x08_tau_max\"\xbe\x01\n\x11RouteBatchRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x12\n\nembeddings\x18\x02 \x01(\x0c\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0b\n\x03tau\x18\x04 \x03(\x01\x12\x11\n\tavailable\x18\x05 \x03(\t\x12\x0e\n\x06strict\x18\x06 \x01(\x08\x12\x1e\n\x04mode\x18\x07 \x01(\x0e\x32\x10.proteus.v1.Mode\x12(\n\tguarantee\x18\x08 \x01(\x0e\x32\x15.proteus.v1.Guarantee\"\xfd\x01\n\x0fRouteBatchReply\x12\x12\n\ncandidates\x18\x01 \x03(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x03(\x05\x12\n\n\x02mu\x18\x03 \x03(\x02\x12\r\n\x05score\x18\x04 \x03(\x02\x12\"\n\x06status\x18\x05 \x03(\x0e\x32\x12.proteus.v1.Status\x12\x17\n\x0f\x63\x65rtified_floor\x18\x06 \x03(\x01\x12\x14\n\x07tau_max\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12$\n\x07timings\x18\x08 \x01(\x0b\x32\x13.proteus.v1.Timings\x12&\n\x08versions\x18\t \x01(\x0b\x32\x14.proteus.v1.VersionsB\n\n\x08_tau_max\"A\n\x07Timings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x11\n\tencode_ns\x18\x02 \x01(\x04\x12\x11\n\tdecide_ns\x18\x03 \x01(\x04\"i\n\x08Versions\x12\x0e\n\x06router\x18\x01 \x01(\t\x12\x0e\n\x06prices\x18\x02 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\t\x12\x14\n\x0c\x61vailability\x18\x04 \x01(\t\x12\x12\n\ngeneration\x18\x05 \x01(\x04\"\x10\n\x0e\x45xplainRequest\"\x0e\n\x0c\x45xplainReply\"\x16\n\x14ReportOutcomeRequest\"\x14\n\x12ReportOutcomeReply\"\x10\n\x0eGetInfoRequest\"\xce\x02\n\x0cGetInfoReply\x12)\n\ncandidates\x18\x01 \x03(\x0b\x32\x15.proteus.v1.Candidate\x12\x11\n\tinput_dim\x18\x02 \x01(\r\x12\x12\n\ntakes_text\x18\x03 \x01(\x08\x12&\n\x0c\x64\x65\x66\x61ult_mode\x18\x04 \x01(\x0e\x32\x10.proteus.v1.Mode\x12\r\n\x05\x64\x65lta\x18\x05 \x01(\x01\x12\x18\n\x10\x63\x61libration_rows\x18\x06 \x01(\x04\x12\x14\n\x07tau_max\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\ndata_plane\x18\x08 \x01(\t\x12\x19\n\x11\x63heckpoint_schema\x18\t \x01(\r\x12&\n\x08versions\x18\n \x01(\x0b\x32\x14.proteus.v1.Versions\x12\"\n\x06limits\x18\x0b \x01(\x0b\x32\x12.proteus.v1.LimitsB\n\n\x08_tau_max\"6\n\tCandidate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13price_usd_per_query\x18\x02 \x01(\x01\"H\n\x06Limits\x12\x15\n\rmessage_bytes\x18\x01 \x01(\r\x12\x12\n\nbatch_rows\x18\x02 \x01(\r\x12\x13\n\x0bqueue_calls\x18\x03 \x01(\r\"\x1d\n\rReloadRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\"\x9c\x01\n\x10SetPricesRequest\x12O\n\x13price_usd_per_query\x18\x01 \x03(\x0b\x32\x32.proteus.v1.SetPricesRequest.PriceUsdPerQueryEntry\x1a\x37\n\x15PriceUsdPerQueryEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x90\x01\n\x16SetAvailabilityRequest\x12\x44\n\tavailable\x18\x01 \x03(\x0b\x32\x31.proteus.v1.SetAvailabilityRequest.AvailableEntry\x1a\x30\n\x0e\x41vailableEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\"H\n\x0b\x43hangeReply\x12&\n\x08versions\x18\x01 \x01(\x0b\x32\x14.proteus.v1.Versions\x12\x11\n\tcertified\x18\x02 \x01(\x08\"\x12\n\x10GetPolicyRequest\"\x91\x02\n\x0eGetPolicyReply\x12&\n\x08versions\x18\x01 \x01(\x0b\x32\x14.proteus.v1.Versions\x12\x11\n\tcertified\x18\x02 \x01(\x08\x12/\n\ncandidates\x18\x03 \x03(\x0b\x32\x1b.proteus.v1.ServedCandidate\x12&\n\x0c\x64\x65\x66\x61ult_mode\x18\x04 \x01(\x0e\x32\x10.proteus.v1.Mode\x12\x14\n\x07tau_max\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12#\n\x07targets\x18\x06 \x03(\x0b\x32\x12.proteus.v1.Target\x12\x12\n\ndata_plane\x18\x07 \x01(\t\x12\x10\n\x08uptime_s\x18\x08 \x01(\x01\x42\n\n\x08_tau_max\"v\n\x0fServedCandidate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13price_usd_per_query\x18\x02 \x01(\x01\x12%\n\x1d\x63\x65rtified_price_usd_per_query\x18\x03 \x01(\x01\x12\x11\n\tavailable\x18\x04 \x01(\x08\"\xa1\x01\n\x06Target\x12\x0b\n\x03tau\x18\x01 \x01(\x01\x12\"\n\x06status\x18\x02 \x01(\x0e\x32\x12.proteus.v1.Status\x12\x1c\n\x0f\x63\x65rtified_floor\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x11\x65xpected_cost_usd\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_certified_floorB\x14\n\x12_expected_cost_usd*\\\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x46\x45\x41SIBLE\x10\x01\x12\x0e\n\nINFEASIBLE\x10\x02\x12\x0f\n\x0bUNCERTIFIED\x10\x03\x12\x0b\n\x07INVALID\x10\x04*<\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_DUAL\x10\x01\x12\x0f\n\x0bMODE_POLICY\x10\x02*Y\n\tGuarantee\x12\x19\n\x15GUARANTEE_UNSPECIFIED\x10\x00\x12\x17\n\x13GUARANTEE_CERTIFIED\x10\x01\x12\x18\n\x14GUARANTEE_CALIBRATED\x10\x02\x32\xe9\x02\n\rRouterService\x12\x39\n\x05Route\x12\x18.proteus.v1.RouteRequest\x1a\x16.proteus.v1.RouteReply\x12H\n\nRouteBatch\x12\x1d.proteus.v1.RouteBatchRequest\x1a\x1b.proteus.v1.RouteBatchReply\x12?\n\x07\x45xplain\x12\x1a.proteus.v1.ExplainRequest\x1a\x18.proteus.v1.ExplainReply\x12Q\n\rReportOutcome\x12 .proteus.v1.ReportOutcomeRequest\x1a\x1e.proteus.v1.ReportOutcomeReply\x12?\n\x07GetInfo\x12\x1a.proteus.v1.GetInfoRequest\x1a\x18.proteus.v1.GetInfoReply2\xa7\x02\n\x0c\x41\x64minService\x12<\n\x06Reload\x12\x19.proteus.v1.ReloadRequest\x1a\x17.proteus.v1.ChangeReply\x12\x42\n\tSetPrices\x12\x1c.proteus.v1.SetPricesRequest\x1a\x17.proteus.v1.ChangeReply\x12N\n\x0fSetAvailability\x12\".proteus.v1.SetAvailabilityRequest\x1a\x17.proteus.v1.ChangeReply\x12\x45\n\tGetPolicy\x12\x1c.proteus.v1.GetPolicyRequest\x1a\x1a.proteus.v1.GetPolicyReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'proteus_server.proteus_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATUS']._serialized_start=1682
-  _globals['_STATUS']._serialized_end=1774
-  _globals['_MODE']._serialized_start=1776
-  _globals['_MODE']._serialized_end=1836
-  _globals['_GUARANTEE']._serialized_start=1838
-  _globals['_GUARANTEE']._serialized_end=1927
+  _globals['_SETPRICESREQUEST_PRICEUSDPERQUERYENTRY']._loaded_options = None
+  _globals['_SETPRICESREQUEST_PRICEUSDPERQUERYENTRY']._serialized_options = b'8\001'
+  _globals['_SETAVAILABILITYREQUEST_AVAILABLEENTRY']._loaded_options = None
+  _globals['_SETAVAILABILITYREQUEST_AVAILABLEENTRY']._serialized_options = b'8\001'
+  _globals['_STATUS']._serialized_start=2715
+  _globals['_STATUS']._serialized_end=2807
+  _globals['_MODE']._serialized_start=2809
+  _globals['_MODE']._serialized_end=2869
+  _globals['_GUARANTEE']._serialized_start=2871
+  _globals['_GUARANTEE']._serialized_end=2960
   _globals['_ROUTEREQUEST']._serialized_start=45
   _globals['_ROUTEREQUEST']._serialized_end=240
   _globals['_ROUTEREPLY']._serialized_start=243
@@ -48,23 +52,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TIMINGS']._serialized_start=985
   _globals['_TIMINGS']._serialized_end=1050
   _globals['_VERSIONS']._serialized_start=1052
-  _globals['_VERSIONS']._serialized_end=1115
-  _globals['_EXPLAINREQUEST']._serialized_start=1117
-  _globals['_EXPLAINREQUEST']._serialized_end=1133
-  _globals['_EXPLAINREPLY']._serialized_start=1135
-  _globals['_EXPLAINREPLY']._serialized_end=1149
-  _globals['_REPORTOUTCOMEREQUEST']._serialized_start=1151
-  _globals['_REPORTOUTCOMEREQUEST']._serialized_end=1173
-  _globals['_REPORTOUTCOMEREPLY']._serialized_start=1175
-  _globals['_REPORTOUTCOMEREPLY']._serialized_end=1195
-  _globals['_GETINFOREQUEST']._serialized_start=1197
-  _globals['_GETINFOREQUEST']._serialized_end=1213
-  _globals['_GETINFOREPLY']._serialized_start=1216
-  _globals['_GETINFOREPLY']._serialized_end=1550
-  _globals['_CANDIDATE']._serialized_start=1552
-  _globals['_CANDIDATE']._serialized_end=1606
-  _globals['_LIMITS']._serialized_start=1608
-  _globals['_LIMITS']._serialized_end=1680
-  _globals['_ROUTERSERVICE']._serialized_start=1930
-  _globals['_ROUTERSERVICE']._serialized_end=2291
+  _globals['_VERSIONS']._serialized_end=1157
+  _globals['_EXPLAINREQUEST']._serialized_start=1159
+  _globals['_EXPLAINREQUEST']._serialized_end=1175
+  _globals['_EXPLAINREPLY']._serialized_start=1177
+  _globals['_EXPLAINREPLY']._serialized_end=1191
+  _globals['_REPORTOUTCOMEREQUEST']._serialized_start=1193
+  _globals['_REPORTOUTCOMEREQUEST']._serialized_end=1215
+  _globals['_REPORTOUTCOMEREPLY']._serialized_start=1217
+  _globals['_REPORTOUTCOMEREPLY']._serialized_end=1237
+  _globals['_GETINFOREQUEST']._serialized_start=1239
+  _globals['_GETINFOREQUEST']._serialized_end=1255
+  _globals['_GETINFOREPLY']._serialized_start=1258
+  _globals['_GETINFOREPLY']._serialized_end=1592
+  _globals['_CANDIDATE']._serialized_start=1594
+  _globals['_CANDIDATE']._serialized_end=1648
+  _globals['_LIMITS']._serialized_start=1650
+  _globals['_LIMITS']._serialized_end=1722
+  _globals['_RELOADREQUEST']._serialized_start=1724
+  _globals['_RELOADREQUEST']._serialized_end=1753
+  _globals['_SETPRICESREQUEST']._serialized_start=1756
+  _globals['_SETPRICESREQUEST']._serialized_end=1912
+  _globals['_SETPRICESREQUEST_PRICEUSDPERQUERYENTRY']._serialized_start=1857
+  _globals['_SETPRICESREQUEST_PRICEUSDPERQUERYENTRY']._serialized_end=1912
+  _globals['_SETAVAILABILITYREQUEST']._serialized_start=1915
+  _globals['_SETAVAILABILITYREQUEST']._serialized_end=2059
+  _globals['_SETAVAILABILITYREQUEST_AVAILABLEENTRY']._serialized_start=2011
+  _globals['_SETAVAILABILITYREQUEST_AVAILABLEENTRY']._serialized_end=2059
+  _globals['_CHANGEREPLY']._serialized_start=2061
+  _globals['_CHANGEREPLY']._serialized_end=2133
+  _globals['_GETPOLICYREQUEST']._serialized_start=2135
+  _globals['_GETPOLICYREQUEST']._serialized_end=2153
+  _globals['_GETPOLICYREPLY']._serialized_start=2156
+  _globals['_GETPOLICYREPLY']._serialized_end=2429
+  _globals['_SERVEDCANDIDATE']._serialized_start=2431
+  _globals['_SERVEDCANDIDATE']._serialized_end=2549
+  _globals['_TARGET']._serialized_start=2552
+  _globals['_TARGET']._serialized_end=2713
+  _globals['_ROUTERSERVICE']._serialized_start=2963
+  _globals['_ROUTERSERVICE']._serialized_end=3324
+  _globals['_ADMINSERVICE']._serialized_start=3327
+  _globals['_ADMINSERVICE']._serialized_end=3622
 # @@protoc_insertion_point(module_scope)

@@ -133,14 +133,18 @@ class Timings(_message.Message):
     def __init__(self, queue_ns: _Optional[int] = ..., encode_ns: _Optional[int] = ..., decide_ns: _Optional[int] = ...) -> None: ...
 
 class Versions(_message.Message):
-    __slots__ = ("router", "prices", "certificate")
+    __slots__ = ("router", "prices", "certificate", "availability", "generation")
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     PRICES_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    AVAILABILITY_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     router: str
     prices: str
     certificate: str
-    def __init__(self, router: _Optional[str] = ..., prices: _Optional[str] = ..., certificate: _Optional[str] = ...) -> None: ...
+    availability: str
+    generation: int
+    def __init__(self, router: _Optional[str] = ..., prices: _Optional[str] = ..., certificate: _Optional[str] = ..., availability: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ()
@@ -205,3 +209,91 @@ class Limits(_message.Message):
     batch_rows: int
     queue_calls: int
     def __init__(self, message_bytes: _Optional[int] = ..., batch_rows: _Optional[int] = ..., queue_calls: _Optional[int] = ...) -> None: ...
+
+class ReloadRequest(_message.Message):
+    __slots__ = ("path",)
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    def __init__(self, path: _Optional[str] = ...) -> None: ...
+
+class SetPricesRequest(_message.Message):
+    __slots__ = ("price_usd_per_query",)
+    class PriceUsdPerQueryEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    PRICE_USD_PER_QUERY_FIELD_NUMBER: _ClassVar[int]
+    price_usd_per_query: _containers.ScalarMap[str, float]
+    def __init__(self, price_usd_per_query: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class SetAvailabilityRequest(_message.Message):
+    __slots__ = ("available",)
+    class AvailableEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bool
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bool] = ...) -> None: ...
+    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    available: _containers.ScalarMap[str, bool]
+    def __init__(self, available: _Optional[_Mapping[str, bool]] = ...) -> None: ...
+
+class ChangeReply(_message.Message):
+    __slots__ = ("versions", "certified")
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFIED_FIELD_NUMBER: _ClassVar[int]
+    versions: Versions
+    certified: bool
+    def __init__(self, versions: _Optional[_Union[Versions, _Mapping]] = ..., certified: _Optional[bool] = ...) -> None: ...
+
+class GetPolicyRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetPolicyReply(_message.Message):
+    __slots__ = ("versions", "certified", "candidates", "default_mode", "tau_max", "targets", "data_plane", "uptime_s")
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFIED_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_MODE_FIELD_NUMBER: _ClassVar[int]
+    TAU_MAX_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    DATA_PLANE_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    versions: Versions
+    certified: bool
+    candidates: _containers.RepeatedCompositeFieldContainer[ServedCandidate]
+    default_mode: Mode
+    tau_max: float
+    targets: _containers.RepeatedCompositeFieldContainer[Target]
+    data_plane: str
+    uptime_s: float
+    def __init__(self, versions: _Optional[_Union[Versions, _Mapping]] = ..., certified: _Optional[bool] = ..., candidates: _Optional[_Iterable[_Union[ServedCandidate, _Mapping]]] = ..., default_mode: _Optional[_Union[Mode, str]] = ..., tau_max: _Optional[float] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., data_plane: _Optional[str] = ..., uptime_s: _Optional[float] = ...) -> None: ...
+
+class ServedCandidate(_message.Message):
+    __slots__ = ("name", "price_usd_per_query", "certified_price_usd_per_query", "available")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PRICE_USD_PER_QUERY_FIELD_NUMBER: _ClassVar[int]
+    CERTIFIED_PRICE_USD_PER_QUERY_FIELD_NUMBER: _ClassVar[int]
+    AVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    price_usd_per_query: float
+    certified_price_usd_per_query: float
+    available: bool
+    def __init__(self, name: _Optional[str] = ..., price_usd_per_query: _Optional[float] = ..., certified_price_usd_per_query: _Optional[float] = ..., available: _Optional[bool] = ...) -> None: ...
+
+class Target(_message.Message):
+    __slots__ = ("tau", "status", "certified_floor", "expected_cost_usd")
+    TAU_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFIED_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_COST_USD_FIELD_NUMBER: _ClassVar[int]
+    tau: float
+    status: Status
+    certified_floor: float
+    expected_cost_usd: float
+    def __init__(self, tau: _Optional[float] = ..., status: _Optional[_Union[Status, str]] = ..., certified_floor: _Optional[float] = ..., expected_cost_usd: _Optional[float] = ...) -> None: ...

@@ -272,3 +272,214 @@ class RouterService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AdminServiceStub:
+    """How an operator changes what is served while it runs, on a listener of its own that only this machine reaches. A change
+    is whole: each reply of RouterService comes from one generation, which its versions name.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Reload = channel.unary_unary(
+                '/proteus.v1.AdminService/Reload',
+                request_serializer=proteus__server_dot_proteus__pb2.ReloadRequest.SerializeToString,
+                response_deserializer=proteus__server_dot_proteus__pb2.ChangeReply.FromString,
+                _registered_method=True)
+        self.SetPrices = channel.unary_unary(
+                '/proteus.v1.AdminService/SetPrices',
+                request_serializer=proteus__server_dot_proteus__pb2.SetPricesRequest.SerializeToString,
+                response_deserializer=proteus__server_dot_proteus__pb2.ChangeReply.FromString,
+                _registered_method=True)
+        self.SetAvailability = channel.unary_unary(
+                '/proteus.v1.AdminService/SetAvailability',
+                request_serializer=proteus__server_dot_proteus__pb2.SetAvailabilityRequest.SerializeToString,
+                response_deserializer=proteus__server_dot_proteus__pb2.ChangeReply.FromString,
+                _registered_method=True)
+        self.GetPolicy = channel.unary_unary(
+                '/proteus.v1.AdminService/GetPolicy',
+                request_serializer=proteus__server_dot_proteus__pb2.GetPolicyRequest.SerializeToString,
+                response_deserializer=proteus__server_dot_proteus__pb2.GetPolicyReply.FromString,
+                _registered_method=True)
+
+
+class AdminServiceServicer:
+    """How an operator changes what is served while it runs, on a listener of its own that only this machine reaches. A change
+    is whole: each reply of RouterService comes from one generation, which its versions name.
+    """
+
+    def Reload(self, request, context):
+        """Serve another checkpoint, or the same folder again. A bad one is FAILED_PRECONDITION, and nothing changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPrices(self, request, context):
+        """Other prices. Answers are UNCERTIFIED until the prices are again those that the checkpoint was certified with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAvailability(self, request, context):
+        """Which candidates may answer at all. Answers are UNCERTIFIED until all may.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPolicy(self, request, context):
+        """What is served now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Reload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reload,
+                    request_deserializer=proteus__server_dot_proteus__pb2.ReloadRequest.FromString,
+                    response_serializer=proteus__server_dot_proteus__pb2.ChangeReply.SerializeToString,
+            ),
+            'SetPrices': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPrices,
+                    request_deserializer=proteus__server_dot_proteus__pb2.SetPricesRequest.FromString,
+                    response_serializer=proteus__server_dot_proteus__pb2.ChangeReply.SerializeToString,
+            ),
+            'SetAvailability': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAvailability,
+                    request_deserializer=proteus__server_dot_proteus__pb2.SetAvailabilityRequest.FromString,
+                    response_serializer=proteus__server_dot_proteus__pb2.ChangeReply.SerializeToString,
+            ),
+            'GetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPolicy,
+                    request_deserializer=proteus__server_dot_proteus__pb2.GetPolicyRequest.FromString,
+                    response_serializer=proteus__server_dot_proteus__pb2.GetPolicyReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'proteus.v1.AdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('proteus.v1.AdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AdminService:
+    """How an operator changes what is served while it runs, on a listener of its own that only this machine reaches. A change
+    is whole: each reply of RouterService comes from one generation, which its versions name.
+    """
+
+    @staticmethod
+    def Reload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/proteus.v1.AdminService/Reload',
+            proteus__server_dot_proteus__pb2.ReloadRequest.SerializeToString,
+            proteus__server_dot_proteus__pb2.ChangeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPrices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/proteus.v1.AdminService/SetPrices',
+            proteus__server_dot_proteus__pb2.SetPricesRequest.SerializeToString,
+            proteus__server_dot_proteus__pb2.ChangeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAvailability(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/proteus.v1.AdminService/SetAvailability',
+            proteus__server_dot_proteus__pb2.SetAvailabilityRequest.SerializeToString,
+            proteus__server_dot_proteus__pb2.ChangeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/proteus.v1.AdminService/GetPolicy',
+            proteus__server_dot_proteus__pb2.GetPolicyRequest.SerializeToString,
+            proteus__server_dot_proteus__pb2.GetPolicyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -8,112 +8,150 @@ from __future__ import annotations
 
 import math
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
+from google.rpc import code_pb2
 from numpy.typing import NDArray
 
+from proteus_fast.batcher import ALL_CANDIDATES
 from proteus_fast.checkpoint import SCHEMA
 from proteus_server import errors
 from proteus_server import proteus_pb2 as pb
 
 if TYPE_CHECKING:
-    from proteus_fast._core import Batcher
     from proteus_fast.certificate import Guarantee, Mode
-    from proteus_fast.router import Router
+    from proteus_server.control import Generation
+    from proteus_server.logs import AccessLog
 
 SERVICE_NAME = "proteus.v1.RouterService"
-DATA_PLANE = "grpcio"
+METHODS = ("Route", "RouteBatch", "Explain", "ReportOutcome", "GetInfo")
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_BATCH_ROWS = 65_536
 # a call without a deadline shows as one that is centuries away
 _NO_DEADLINE_S = 1e6
-_ALL_CANDIDATES = (1 << 64) - 1
+_HEALTH_TEXT = "ready?"
 _FLOAT_BYTES = 4
 _STATUS_INFEASIBLE = 2
 _STATUS_INVALID = 4
 _MODES: dict[int, Mode | None] = {0: None, 1: "dual", 2: "policy"}
 _GUARANTEES: dict[int, Guarantee] = {0: "certified", 1: "certified", 2: "calibrated"}
 
-_Request = TypeVar("_Request", bound=Message)
 _Violations = list[tuple[str, str]]
 
 
-class RouterService:
-    """The handlers of one loaded router. Safe to call from many threads."""
+class Context(Protocol):
+    """What a handler asks of a call: grpcio's ServicerContext, or the native plane's."""
 
-    def __init__(self, router: Router, batcher: Batcher, *, workers: int, queue_calls: int) -> None:
-        """Serve `router`, whose snapshot `batcher` already holds.
+    def time_remaining(self) -> float: ...
+    def is_active(self) -> bool: ...
+
+
+class RouterService:
+    """The handlers of what is served. Safe to call from many threads."""
+
+    def __init__(
+        self,
+        generation: Generation,
+        *,
+        workers: int,
+        queue_calls: int,
+        data_plane: str = "grpcio",
+        access_log: AccessLog | None = None,
+    ) -> None:
+        """Serve `generation`, until `swap`.
 
         Args:
-            workers: calls that are worked on at once. queue_calls: only reported.
+            workers: calls that are worked on at once. queue_calls, data_plane: only reported.
         """
         self.draining = False
         self._slots = threading.Semaphore(workers)
-        self._router = router
-        self._batcher = batcher
-        self._names: tuple[str, ...] = tuple(router.pool.names)
-        self._bit = {name: 1 << index for index, name in enumerate(self._names)}
-        self._input_dim = router.input_dim
-        self._takes_text = router.checkpoint.config.encoder == "hash"
-        self._default_mode = router.mode
-        self._has_policy = _has_policy(router)
+        self._generation = generation
         self._queue_calls = queue_calls
-        self._versions = pb.Versions(**router.versions)
+        self._data_plane = data_plane
+        self._access_log = access_log
+        self._answered: Counter[tuple[str, str]] = Counter()
+        self._counting = threading.Lock()
+        self._calls: dict[str, Callable[[Generation, bytes, Context], Message]] = {
+            "Route": self._route,
+            "RouteBatch": self._route_batch,
+            "Explain": _unimplemented,
+            "ReportOutcome": _unimplemented,
+            "GetInfo": self._get_info,
+        }
+
+    def swap(self, generation: Generation) -> None:
+        """Answer the next calls by another generation; each call takes the present one once."""
+        self._generation = generation
+
+    def count(self, method: str, code: int) -> None:
+        """Count a call of one of METHODS that was answered with this status."""
+        with self._counting:
+            self._answered[method, code_pb2.Code.Name(code)] += 1
+
+    def calls(self) -> dict[tuple[str, str], int]:
+        """Calls answered since the start, by method and status."""
+        with self._counting:
+            return dict(self._answered)
 
     def method_handlers(self, pool: futures.ThreadPoolExecutor) -> dict[str, grpc.RpcMethodHandler]:
         """One handler for each method of the service, to run in `pool`."""
-        calls: dict[str, Callable[[bytes, grpc.ServicerContext], Message]] = {
-            "Route": self._route,
-            "RouteBatch": self._route_batch,
-            "GetInfo": self._get_info,
-            "Explain": _unimplemented,
-            "ReportOutcome": _unimplemented,
-        }
-        return {name: self._guarded(name, call, pool) for name, call in calls.items()}
+        return {name: self._handler(name, pool) for name in METHODS}
+
+    def answer(self, method: str, request: bytes, context: Context) -> bytes | errors.Refusal:
+        """The reply of one of METHODS, or a refusal of the error table: nothing of an exception leaks."""
+        started = time.monotonic()
+        result: bytes | errors.Refusal
+        reply: Message | None = None
+        try:
+            self._take_slot(context)
+            try:
+                # once: nothing of another generation gets into this reply
+                reply = self._calls[method](self._generation, request, context)
+                result = reply.SerializeToString()
+            finally:
+                self._slots.release()
+        except Exception as error:
+            result = errors.refusal_of(error, method, draining=self.draining)
+        code = result.code if isinstance(result, errors.Refusal) else code_pb2.OK
+        self.count(method, code)
+        if self._access_log is not None:
+            self._access_log.call(method, request, code_pb2.Code.Name(code), reply, started)
+        return result
 
     def check(self) -> None:
-        """Make one real decision.
+        """Make one real decision, of a text where the router takes texts.
 
         Raises:
             RuntimeError: the decision is not a valid one; QueueFullError and TimeoutError as the batcher raises them.
         """
-        texts, x = (["ready?"], None) if self._takes_text else (None, np.zeros((1, self._input_dim), np.float32))
-        result = self._batcher.route(texts, x, 0.5, available=_ALL_CANDIDATES, deadline_s=5.0)
+        served = self._generation
+        texts = [_HEALTH_TEXT] if served.takes_text else None
+        x = None if served.takes_text else np.zeros((1, served.input_dim), np.float32)
+        result = served.batcher.route(texts, x, 0.5, available=ALL_CANDIDATES, deadline_s=5.0)
         choice, status = int(result.choice[0]), int(result.status[0])
-        if not 0 <= choice < len(self._names) or status == _STATUS_INVALID:
+        if not 0 <= choice < len(served.names) or status == _STATUS_INVALID:
             raise RuntimeError(f"router: expected a decision, got choice {choice} with status {status}")
 
-    def _guarded(
-        self,
-        method: str,
-        call: Callable[[bytes, grpc.ServicerContext], Message],
-        pool: futures.ThreadPoolExecutor,
-    ) -> grpc.RpcMethodHandler:
-        """Wrap `call`: whatever it raises becomes a status of the error table, and nothing of an exception leaks."""
-
+    def _handler(self, method: str, pool: futures.ThreadPoolExecutor) -> grpc.RpcMethodHandler:
         def handler(request: bytes, context: grpc.ServicerContext) -> bytes:
-            try:
-                self._take_slot(context)
-                try:
-                    reply: bytes = call(request, context).SerializeToString()
-                finally:
-                    self._slots.release()
-                return reply
-            except Exception as error:
-                refusal = errors.refusal_of(error, method, draining=self.draining)
-            context.abort_with_status(errors.to_grpc(refusal))
+            result = self.answer(method, request, context)
+            if isinstance(result, bytes):
+                return result
+            context.abort_with_status(errors.to_grpc(result))
             raise AssertionError  # abort has raised
 
         # grpcio runs a handler with this attribute in that pool: a full one keeps no health check waiting
         handler.experimental_thread_pool = pool  # type: ignore[attr-defined]
         return grpc.unary_unary_rpc_method_handler(handler)
 
-    def _take_slot(self, context: grpc.ServicerContext) -> None:
+    def _take_slot(self, context: Context) -> None:
         """Wait for one of the places to work in, at most until the call's deadline.
 
         grpcio gives a call its thread before the request has arrived. So there are as many threads as calls may wait,
@@ -130,28 +168,28 @@ class RouterService:
             self._slots.release()
             raise TimeoutError
 
-    def _route(self, data: bytes, context: grpc.ServicerContext) -> Message:
+    def _route(self, served: Generation, data: bytes, context: Context) -> Message:
         remaining_s = _remaining_s(context)
-        request = _parse(pb.RouteRequest, data)
+        request = errors.parse(pb.RouteRequest, data)
         violations: _Violations = []
         texts: list[str] | None = None
         x: NDArray[np.float32] | None = None
         which = request.WhichOneof("input")
         if which == "text":
             texts = [request.text]
-            self._check_text(violations, "text")
+            _check_text(served, violations, "text")
         elif which == "embedding":
-            x = self._embeddings(violations, "embedding", request.embedding, 1)
+            x = _embeddings(served, violations, "embedding", request.embedding, 1)
         else:
             violations.append(("input", "expected text or embedding, got neither"))
         if not request.HasField("tau"):
             violations.append(("tau", "expected a number in [0, 1], got none"))
         elif not 0.0 <= request.tau <= 1.0:
             violations.append(("tau", f"expected a number in [0, 1], got {request.tau!r}"))
-        available, mode, guarantee = self._options(violations, request)
+        available, mode, guarantee = _options(served, violations, request)
         if violations:
             raise errors.invalid(violations)
-        result = self._batcher.route(
+        result = served.batcher.route(
             texts, x, request.tau, mode=mode, guarantee=guarantee, available=available, deadline_s=remaining_s
         )
         choice, status = int(result.choice[0]), int(result.status[0])
@@ -160,24 +198,24 @@ class RouterService:
                 raise errors.invalid([("embedding", "expected finite values, got NaN or infinity")])
             raise _no_candidate()
         if request.strict and status == _STATUS_INFEASIBLE:
-            raise _infeasible(request.tau, 1, self._tau_max(mode, guarantee))
+            raise _infeasible(request.tau, 1, _tau_max(served, mode, guarantee))
         floor = float(result.certified_floor[0])
         return pb.RouteReply(
-            candidate=self._names[choice],
+            candidate=served.names[choice],
             choice=choice,
             mu=float(result.mu[0]),
             score=float(result.score[0]),
             status=status,  # type: ignore[arg-type]
             certified_floor=None if math.isnan(floor) else round(floor, 3),
-            tau_max=self._tau_max(mode, guarantee),
-            fallbacks=self._fallbacks(result.scores[0].tolist(), choice),
+            tau_max=_tau_max(served, mode, guarantee),
+            fallbacks=_fallbacks(served, result.scores[0].tolist(), choice),
             timings=pb.Timings(queue_ns=result.queue_ns, encode_ns=result.encode_ns, decide_ns=result.decide_ns),
-            versions=self._versions,
+            versions=served.versions,
         )
 
-    def _route_batch(self, data: bytes, context: grpc.ServicerContext) -> Message:
+    def _route_batch(self, served: Generation, data: bytes, context: Context) -> Message:
         remaining_s = _remaining_s(context)
-        request = _parse(pb.RouteBatchRequest, data)
+        request = errors.parse(pb.RouteBatchRequest, data)
         violations: _Violations = []
         texts: list[str] | None = None
         x: NDArray[np.float32] | None = None
@@ -185,13 +223,13 @@ class RouterService:
         if request.texts and request.embeddings:
             violations.append(("texts", "expected texts or embeddings, got both"))
         elif request.texts:
-            self._check_text(violations, "texts")
+            _check_text(served, violations, "texts")
             if request.rows not in (0, rows):
                 violations.append(("rows", f"expected {rows} as there are texts, got {request.rows}"))
             texts = list(request.texts)
         elif request.embeddings:
             rows = request.rows
-            x = self._embeddings(violations, "embeddings", request.embeddings, rows)
+            x = _embeddings(served, violations, "embeddings", request.embeddings, rows)
         else:
             violations.append(("texts", "expected texts or embeddings, got neither"))
         if rows > MAX_BATCH_ROWS:
@@ -199,12 +237,12 @@ class RouterService:
         if len(request.tau) not in (1, rows) or not request.tau:
             expected = "1" if rows <= 1 else f"1 or {rows}"
             violations.append(("tau", f"expected {expected} values, got {len(request.tau)}"))
-        available, mode, guarantee = self._options(violations, request)
+        available, mode, guarantee = _options(served, violations, request)
         if violations:
             raise errors.invalid(violations)
         tau = np.empty(rows, np.float64)
         tau[:] = request.tau
-        result = self._batcher.route(
+        result = served.batcher.route(
             texts,
             x,
             tau,
@@ -214,107 +252,107 @@ class RouterService:
             deadline_s=remaining_s,
         )
         if request.strict:
-            self._check_strict(result.status, x, tau, self._tau_max(mode, guarantee))
+            _check_strict(result.status, x, tau, _tau_max(served, mode, guarantee))
         return pb.RouteBatchReply(
-            candidates=self._names,
+            candidates=served.names,
             choice=result.choice.tolist(),
             mu=result.mu.tolist(),
             score=result.score.tolist(),
             status=result.status.tolist(),
             certified_floor=result.certified_floor.astype(np.float64).round(3).tolist(),
-            tau_max=self._tau_max(mode, guarantee),
+            tau_max=_tau_max(served, mode, guarantee),
             timings=pb.Timings(queue_ns=result.queue_ns, encode_ns=result.encode_ns, decide_ns=result.decide_ns),
-            versions=self._versions,
+            versions=served.versions,
         )
 
-    def _get_info(self, data: bytes, context: grpc.ServicerContext) -> Message:
+    def _get_info(self, served: Generation, data: bytes, context: Context) -> Message:
         _remaining_s(context)
-        _parse(pb.GetInfoRequest, data)
-        router = self._router
+        errors.parse(pb.GetInfoRequest, data)
+        router = served.router
         return pb.GetInfoReply(
             candidates=[
-                pb.Candidate(name=candidate.name, price_usd_per_query=candidate.price_usd) for candidate in router.pool
+                pb.Candidate(name=name, price_usd_per_query=price)
+                for name, price in zip(served.names, served.price_usd.tolist(), strict=True)
             ],
-            input_dim=self._input_dim,
-            takes_text=self._takes_text,
+            input_dim=served.input_dim,
+            takes_text=served.takes_text,
             default_mode=pb.MODE_POLICY if router.mode == "policy" else pb.MODE_DUAL,
             delta=router.certificate.delta,
             calibration_rows=router.certificate.n,
             tau_max=router.tau_max,
-            data_plane=DATA_PLANE,
+            data_plane=self._data_plane,
             checkpoint_schema=SCHEMA,
-            versions=self._versions,
+            versions=served.versions,
             limits=pb.Limits(message_bytes=MAX_MESSAGE_BYTES, batch_rows=MAX_BATCH_ROWS, queue_calls=self._queue_calls),
         )
 
-    def _options(
-        self, violations: _Violations, request: pb.RouteRequest | pb.RouteBatchRequest
-    ) -> tuple[int, Mode | None, Guarantee]:
-        """The bit mask of `available`, the mode and the guarantee."""
-        available = 0 if request.available else _ALL_CANDIDATES
-        for index, name in enumerate(request.available):
-            bit = self._bit.get(name)
-            if bit is None:
-                violations.append((f"available[{index}]", "expected a candidate of the pool, got an unknown name"))
-            else:
-                available |= bit
-        if request.mode not in _MODES:
-            violations.append(("mode", f"expected 0, 1 or 2, got {request.mode}"))
-        elif request.mode == pb.MODE_POLICY and not self._has_policy:
-            violations.append(("mode", "expected MODE_DUAL, got MODE_POLICY: this router has no policy network"))
-        if request.guarantee not in _GUARANTEES:
-            violations.append(("guarantee", f"expected 0, 1 or 2, got {request.guarantee}"))
-        return available, _MODES.get(request.mode), _GUARANTEES.get(request.guarantee, "certified")
 
-    def _check_text(self, violations: _Violations, field: str) -> None:
-        if not self._takes_text:
-            violations.append((field, "expected an embedding: this router encodes no text"))
-
-    def _embeddings(self, violations: _Violations, field: str, data: bytes, rows: int) -> NDArray[np.float32] | None:
-        """(rows, D) float32 over the request's bytes, no copy; None with a violation where the length is another."""
-        expected = rows * self._input_dim * _FLOAT_BYTES
-        if len(data) != expected or not rows:
-            text = f"expected {expected} bytes ({rows} x {self._input_dim} float32, little-endian), got {len(data)}"
-            violations.append(("rows", "expected the number of embeddings, got 0") if not rows else (field, text))
-            return None
-        return np.frombuffer(data, "<f4").reshape(rows, self._input_dim)
-
-    def _tau_max(self, mode: Mode | None, guarantee: Guarantee) -> float | None:
-        return self._router.certificate.tau_max(mode or self._default_mode, guarantee)
-
-    def _check_strict(
-        self,
-        status: NDArray[np.uint8],
-        x: NDArray[np.float32] | None,
-        tau: NDArray[np.float64],
-        tau_max: float | None,
-    ) -> None:
-        """Refuse a batch with an INVALID row, which is named, or with an INFEASIBLE one."""
-        invalid = np.flatnonzero(status == _STATUS_INVALID)
-        if invalid.size:
-            row = int(invalid[0])
-            if not 0.0 <= tau[row] <= 1.0:
-                raise errors.invalid([(f"tau[{row}]", f"expected a number in [0, 1], got {float(tau[row])!r}")])
-            if x is not None and not np.isfinite(x[row]).all():
-                raise errors.invalid([(f"embeddings[{row}]", "expected finite values, got NaN or infinity")])
-            raise _no_candidate()
-        infeasible = np.flatnonzero(status == _STATUS_INFEASIBLE)
-        if infeasible.size:
-            raise _infeasible(float(tau[infeasible[0]]), infeasible.size, tau_max)
-
-    def _fallbacks(self, scores: Sequence[float], choice: int) -> list[str]:
-        """The other eligible candidates, best score first, the lowest index where scores tie."""
-        others = [index for index, score in enumerate(scores) if index != choice and score > -math.inf]
-        others.sort(key=lambda index: -scores[index])
-        return [self._names[index] for index in others]
+def _options(
+    served: Generation, violations: _Violations, request: pb.RouteRequest | pb.RouteBatchRequest
+) -> tuple[int, Mode | None, Guarantee]:
+    """The bit mask of `available`, the mode and the guarantee."""
+    available = 0 if request.available else ALL_CANDIDATES
+    for index, name in enumerate(request.available):
+        bit = served.bit.get(name)
+        if bit is None:
+            violations.append((f"available[{index}]", "expected a candidate of the pool, got an unknown name"))
+        else:
+            available |= bit
+    if request.mode not in _MODES:
+        violations.append(("mode", f"expected 0, 1 or 2, got {request.mode}"))
+    elif request.mode == pb.MODE_POLICY and not served.has_policy:
+        violations.append(("mode", "expected MODE_DUAL, got MODE_POLICY: this router has no policy network"))
+    if request.guarantee not in _GUARANTEES:
+        violations.append(("guarantee", f"expected 0, 1 or 2, got {request.guarantee}"))
+    return available, _MODES.get(request.mode), _GUARANTEES.get(request.guarantee, "certified")
 
 
-def _has_policy(router: Router) -> bool:
-    try:
-        router.snapshot.route(np.zeros((1, router.input_dim), np.float32), 0.0, mode="policy")
-    except ValueError:
-        return False
-    return True
+def _check_text(served: Generation, violations: _Violations, field: str) -> None:
+    if not served.takes_text:
+        violations.append((field, "expected an embedding: this router encodes no text"))
+
+
+def _embeddings(
+    served: Generation, violations: _Violations, field: str, data: bytes, rows: int
+) -> NDArray[np.float32] | None:
+    """(rows, D) float32 over the request's bytes, no copy; None with a violation where the length is another."""
+    expected = rows * served.input_dim * _FLOAT_BYTES
+    if len(data) != expected or not rows:
+        text = f"expected {expected} bytes ({rows} x {served.input_dim} float32, little-endian), got {len(data)}"
+        violations.append(("rows", "expected the number of embeddings, got 0") if not rows else (field, text))
+        return None
+    return np.frombuffer(data, "<f4").reshape(rows, served.input_dim)
+
+
+def _tau_max(served: Generation, mode: Mode | None, guarantee: Guarantee) -> float | None:
+    return served.router.certificate.tau_max(mode or served.router.mode, guarantee)
+
+
+def _check_strict(
+    status: NDArray[np.uint8],
+    x: NDArray[np.float32] | None,
+    tau: NDArray[np.float64],
+    tau_max: float | None,
+) -> None:
+    """Refuse a batch with an INVALID row, which is named, or with an INFEASIBLE one."""
+    invalid = np.flatnonzero(status == _STATUS_INVALID)
+    if invalid.size:
+        row = int(invalid[0])
+        if not 0.0 <= tau[row] <= 1.0:
+            raise errors.invalid([(f"tau[{row}]", f"expected a number in [0, 1], got {float(tau[row])!r}")])
+        if x is not None and not np.isfinite(x[row]).all():
+            raise errors.invalid([(f"embeddings[{row}]", "expected finite values, got NaN or infinity")])
+        raise _no_candidate()
+    infeasible = np.flatnonzero(status == _STATUS_INFEASIBLE)
+    if infeasible.size:
+        raise _infeasible(float(tau[infeasible[0]]), infeasible.size, tau_max)
+
+
+def _fallbacks(served: Generation, scores: Sequence[float], choice: int) -> list[str]:
+    """The other eligible candidates, best score first, the lowest index where scores tie."""
+    others = [index for index, score in enumerate(scores) if index != choice and score > -math.inf]
+    others.sort(key=lambda index: -scores[index])
+    return [served.names[index] for index in others]
 
 
 def _no_candidate() -> errors.Refusal:
@@ -327,21 +365,11 @@ def _infeasible(tau: float, rows: int, tau_max: float | None) -> errors.Refusal:
     return errors.precondition("INFEASIBLE", f"tau: expected {expected}, got {tau!r}", metadata)
 
 
-def _unimplemented(_data: bytes, _context: grpc.ServicerContext) -> Message:
+def _unimplemented(_served: Generation, _data: bytes, _context: Context) -> Message:
     raise errors.unimplemented()
 
 
-def _parse(kind: type[_Request], data: bytes) -> _Request:
-    try:
-        request: _Request = kind.FromString(data)
-        return request
-    except DecodeError:
-        raise errors.invalid(
-            [("request", f"expected a {kind.DESCRIPTOR.full_name}, got {len(data)} bytes that are none")]
-        ) from None
-
-
-def _remaining_s(context: grpc.ServicerContext) -> float | None:
+def _remaining_s(context: Context) -> float | None:
     """Seconds until the call's deadline; None: it has none.
 
     Raises:

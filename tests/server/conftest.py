@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -22,10 +27,13 @@ from proteus_fast._core import Batcher
 from proteus_fast.certificate import MIXING_STEPS, PathCertificate
 from proteus_fast.certificate import Path as PolicyPath
 from proteus_fast.checkpoint import Checkpoint, Config
-from proteus_server import app
+from proteus_server import app, control, native
 from proteus_server import proteus_pb2 as pb
 
 SERVICE = "proteus.v1.RouterService"
+READY_S = 60.0
+# of a build without libnghttp2 there is one
+PLANES = app.DATA_PLANES if native.is_built() else ("grpcio",)
 
 
 class Answer(NamedTuple):
@@ -133,10 +141,60 @@ class HeldBatcher:
         self._batcher.close(drain)
 
 
-def tiny_checkpoint(*, encoder: Any = "hash", mode: Any = "dual", right: int = 900) -> Checkpoint:
+class Process:
+    """`python -m proteus_server` with its output read as it comes."""
+
+    def __init__(self, *arguments: str, cwd: Path, **environment: str) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "proteus_server", *arguments],
+            cwd=cwd,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.out: queue.Queue[str] = queue.Queue()
+        self.output: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=(pipe, pipe is self.popen.stdout))
+            for pipe in (self.popen.stdout, self.popen.stderr)
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, pipe: Any, is_out: bool) -> None:
+        for line in pipe:
+            self.output.append(line)
+            if is_out:
+                self.out.put(line)
+        pipe.close()
+
+    def address(self) -> str:
+        line = self.out.get(timeout=READY_S)
+        assert line.startswith("listening on ")
+        return line.removeprefix("listening on ").strip()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.popen.send_signal(number)
+        return self.wait()
+
+    def wait(self, timeout: float = 60.0) -> int:
+        status = self.popen.wait(timeout)
+        for reader in self._readers:
+            reader.join()
+        return status
+
+    @property
+    def text(self) -> str:
+        return "".join(self.output)
+
+
+def tiny_checkpoint(
+    *, encoder: Any = "hash", mode: Any = "dual", right: int = 900, seed: int = 7, dim: int = 16
+) -> Checkpoint:
     """Four candidates with random weights and a policy network, `right` of 1000 calibration rows right."""
-    random = np.random.default_rng(7)
-    dim, hidden, knots, rows, k, vertices = 16, 8, 3, 64, 4, 5
+    random = np.random.default_rng(seed)
+    hidden, knots, rows, k, vertices = 8, 3, 64, 4, 5
 
     def normal(*shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         return random.standard_normal(shape, np.float32)
@@ -166,7 +224,7 @@ def tiny_checkpoint(*, encoder: Any = "hash", mode: Any = "dual", right: int = 9
         kappa=0.5,
         gamma=2.0,
         cost_unit_usd=0.008,
-        block_weight=(1.0, 0.5, 0.5, 0.2),
+        block_weight=(1.0, 0.5, 0.5, 0.2) if encoder == "hash" else (),
         label_definition="a made-up score",
         data_set="made up",
         data_sha256="0" * 64,
@@ -209,12 +267,18 @@ def socket_dir() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(scope="module", params=PLANES)
+def plane(request: pytest.FixtureRequest) -> str:
+    """The data plane that a server is started with; every test that asks for it runs once on each."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module", params=["unix", "tcp"])
-def address(request: pytest.FixtureRequest, router: Router) -> Iterator[str]:
+def address(request: pytest.FixtureRequest, router: Router, plane: str) -> Iterator[str]:
     """The address of one server for a whole test file, once on a Unix socket and once on TCP."""
     with tempfile.TemporaryDirectory(prefix="proteus-") as folder:
         place = f"unix:{folder}/server" if request.param == "unix" else "127.0.0.1:0"
-        with app.Server(router, place).running() as bound:
+        with app.Server(router, place, app.Options(data_plane=plane)).running() as bound:
             yield bound
 
 
@@ -225,17 +289,46 @@ def wire(address: str) -> Iterator[Wire]:
         yield calls
 
 
+@pytest.fixture(scope="session")
+def wire_to_address() -> Callable[[str], contextlib.AbstractContextManager[Wire]]:
+    """Connect to a server that runs."""
+
+    @contextlib.contextmanager
+    def connect(place: str) -> Iterator[Wire]:
+        calls = Wire(place)
+        with contextlib.closing(calls.channel):
+            yield calls
+
+    return connect
+
+
+@pytest.fixture(scope="session")
+def wire_to(wire_to_address: Any) -> Callable[[app.Server], contextlib.AbstractContextManager[Wire]]:
+    """Run a server and connect to it."""
+
+    @contextlib.contextmanager
+    def run(server: app.Server) -> Iterator[Wire]:
+        with server.running() as place, wire_to_address(place) as calls:
+            yield calls
+
+    return run
+
+
 StartServer = Callable[..., tuple[app.Server, Wire, HeldBatcher]]
 
 
 @pytest.fixture
-def held_server(router: Router, monkeypatch: pytest.MonkeyPatch, socket_dir: Path) -> Iterator[StartServer]:
-    """Start a server, with these options, whose batcher can be held."""
-    monkeypatch.setattr(app, "Batcher", HeldBatcher)
+def held_server(router: Router, plane: str, monkeypatch: pytest.MonkeyPatch, socket_dir: Path) -> Iterator[StartServer]:
+    """Start a server, with these options, whose batcher can be held.
+
+    The native plane reaches it by forwarding every call to Python, as it does where the core cannot decide.
+    """
+    monkeypatch.setattr(control, "Batcher", HeldBatcher)
+    monkeypatch.setattr(native, "decided_here", lambda _: (False, False))
     with contextlib.ExitStack() as stack:
 
         def start(**options: Any) -> tuple[app.Server, Wire, HeldBatcher]:
-            server = app.Server(router, f"unix:{socket_dir}/held", app.Options(**options))
+            server = app.Server(router, f"unix:{socket_dir}/held", app.Options(data_plane=plane, **options))
             batcher = HeldBatcher.latest
             calls = Wire(stack.enter_context(server.running()))
             stack.callback(calls.channel.close)
@@ -243,5 +336,23 @@ def held_server(router: Router, monkeypatch: pytest.MonkeyPatch, socket_dir: Pat
             # the first decision is the server's own
             assert batcher.entered.acquire(timeout=10.0)
             return server, calls, batcher
+
+        yield start
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str, **environment: str) -> Process:
+            process = Process(*arguments, cwd=tmp_path, **environment)
+
+            def end() -> None:
+                if process.popen.poll() is None:
+                    process.popen.kill()
+                process.wait()
+
+            stack.callback(end)
+            return process
 
         yield start

@@ -154,7 +154,7 @@ def test_overload_is_queue_full(held_server: Any) -> None:
         waiting = [threading.Thread(target=lambda: client.route("q", tau=0.5, timeout_s=20.0)) for _ in range(2)]
         for thread in waiting:
             thread.start()
-        while server._pool.pending < 2:
+        while server.pending < 2:
             time.sleep(0.001)
         with pytest.raises(QueueFullError):
             client.route("q", tau=0.5)

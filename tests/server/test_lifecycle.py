@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import queue
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,73 +17,6 @@ from proteus_server import proteus_pb2 as pb
 from proteus_server.client import Client
 
 CANARY = "canary-91c2-the-prompt-of-a-user"
-READY_S = 60.0
-
-
-class Process:
-    """`python -m proteus_server` with its output read as it comes."""
-
-    def __init__(self, *arguments: str, cwd: Path, **environment: str) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "proteus_server", *arguments],
-            cwd=cwd,
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.out: queue.Queue[str] = queue.Queue()
-        self.output: list[str] = []
-        self._readers = [
-            threading.Thread(target=self._read, args=(pipe, pipe is self.popen.stdout))
-            for pipe in (self.popen.stdout, self.popen.stderr)
-        ]
-        for reader in self._readers:
-            reader.start()
-
-    def _read(self, pipe: Any, is_out: bool) -> None:
-        for line in pipe:
-            self.output.append(line)
-            if is_out:
-                self.out.put(line)
-        pipe.close()
-
-    def address(self) -> str:
-        line = self.out.get(timeout=READY_S)
-        assert line.startswith("listening on ")
-        return line.removeprefix("listening on ").strip()
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.popen.send_signal(number)
-        return self.wait()
-
-    def wait(self, timeout: float = 60.0) -> int:
-        status = self.popen.wait(timeout)
-        for reader in self._readers:
-            reader.join()
-        return status
-
-    @property
-    def text(self) -> str:
-        return "".join(self.output)
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    with contextlib.ExitStack() as stack:
-
-        def start(*arguments: str, **environment: str) -> Process:
-            process = Process(*arguments, cwd=tmp_path, **environment)
-
-            def end() -> None:
-                if process.popen.poll() is None:
-                    process.popen.kill()
-                process.wait()
-
-            stack.callback(end)
-            return process
-
-        yield start
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -106,12 +33,12 @@ def test_started_and_stopped(launch: Any, socket_dir: Path, kind: str, number: i
     lines = process.text.splitlines()
     assert [line for line in lines if line.startswith("listening on ")] == [f"listening on {address}"]
     logged = [line.split("proteus_server: ")[1].split(":")[0] for line in lines if "proteus_server: " in line]
-    assert logged == ["start", "drain", "stop"]
+    assert logged == ["start", "ready", "drain", "stop"]
     assert CANARY not in process.text
 
 
-def test_a_drain_loses_no_call(launch: Any, socket_dir: Path) -> None:
-    process = launch("--address", f"unix:{socket_dir}/s")
+def test_a_drain_loses_no_call(launch: Any, plane: str, socket_dir: Path) -> None:
+    process = launch("--address", f"unix:{socket_dir}/s", "--data-plane", plane)
     address = process.address()
     calls: list[tuple[float, BaseException | None]] = []
     stop = threading.Event()
@@ -143,8 +70,8 @@ def test_a_drain_loses_no_call(launch: Any, socket_dir: Path) -> None:
     assert len(calls) > 50
 
 
-def test_a_long_call_is_finished_before_the_exit(launch: Any, socket_dir: Path) -> None:
-    process = launch("--address", f"unix:{socket_dir}/s", "--drain-seconds", "60")
+def test_a_long_call_is_finished_before_the_exit(launch: Any, plane: str, socket_dir: Path) -> None:
+    process = launch("--address", f"unix:{socket_dir}/s", "--data-plane", plane, "--drain-seconds", "60")
     address = process.address()
     answers: list[Any] = []
     text = "a question with some words to encode " * 30
@@ -169,14 +96,16 @@ def test_while_draining(held_server: Any) -> None:
     request = pb.RouteRequest(text="q", tau=0.5)
     # two run, three wait
     taken = [wire.start("Route", request) for _ in range(5)]
-    while server._pool.pending < 5:
+    while server.pending < 5:
         time.sleep(0.001)
     cut_off: list[int] = []
     drain = threading.Thread(target=lambda: cut_off.append(server.drain(20.0)))
     drain.start()
     assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    while not server._admission.draining:
+    while not server._service.draining:
         time.sleep(0.001)
+    # the data plane hears of it next
+    time.sleep(0.05)
     for service in ("", "proteus.v1.RouterService"):
         assert wire.health(service) == health_pb2.HealthCheckResponse.NOT_SERVING
     for method, body in [("Route", request), ("GetInfo", b""), ("RouteBatch", b"")]:
@@ -195,7 +124,7 @@ def test_what_outlasts_the_drain_is_cut_off(held_server: Any) -> None:
     server, wire, batcher = held_server(workers=1)
     batcher.gate.clear()
     calls = [wire.start("Route", pb.RouteRequest(text="q", tau=0.5)) for _ in range(3)]
-    while server._pool.pending < 3:
+    while server.pending < 3:
         time.sleep(0.001)
     start = time.monotonic()
     assert server.drain(0.3) == 3
@@ -298,6 +227,8 @@ def test_help_names_every_option(launch: Any) -> None:
         "max-batch-size",
         "workers",
         "drain-seconds",
+        "data-plane",
+        "threads",
         "log-level",
     ):
         assert f"--{option}" in process.text

@@ -33,7 +33,8 @@ def test_the_generated_files_are_those_of_the_proto(tmp_path: Path) -> None:
     pb.DESCRIPTOR.CopyToProto(committed)
     # json_name is filled in by the compiler for descriptor sets only
     for message in files.file[0].message_type:
-        for field in message.field:
+        # a map's entries are a message inside
+        for field in (*message.field, *(field for entry in message.nested_type for field in entry.field)):
             field.ClearField("json_name")
     assert files.file[0] == committed
 
@@ -64,10 +65,15 @@ def test_statuses_have_one_number_everywhere() -> None:
     assert wire == {status.name: status.value for status in client.Status}
 
 
-def test_the_service_is_that_of_the_contract() -> None:
-    (service,) = pb.DESCRIPTOR.services_by_name.values()
-    assert service.full_name == "proteus.v1.RouterService"
-    assert [method.name for method in service.methods] == ["Route", "RouteBatch", "Explain", "ReportOutcome", "GetInfo"]
+def test_the_services_are_those_of_the_contract() -> None:
+    methods = {
+        service.full_name: [method.name for method in service.methods]
+        for service in pb.DESCRIPTOR.services_by_name.values()
+    }
+    assert methods == {
+        "proteus.v1.RouterService": ["Route", "RouteBatch", "Explain", "ReportOutcome", "GetInfo"],
+        "proteus.v1.AdminService": ["Reload", "SetPrices", "SetAvailability", "GetPolicy"],
+    }
 
 
 @pytest.mark.parametrize("name", ["RouteRequest", "RouteBatchRequest"])
