@@ -16,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 import triton.testing
@@ -31,7 +33,7 @@ import triton.testing
 # behind everything else, so that the installed package is measured
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_encoder, workload
+from benchmarks import bench_encoder, encoders, workload
 from benchmarks.bench_pooling import einsum
 from proteus_fast import cuda
 from proteus_fast.router import Router
@@ -201,7 +203,7 @@ def tiles() -> str:
     return table(["B", "rows, depth, columns, warps", "device, us"], rows)
 
 
-def encoders() -> str:
+def forward_passes() -> str:
     """DeBERTa-v3-small's shape, tokens to hidden states, and its difference from transformers."""
     theirs, ours = bench_encoder.build("cuda", torch.bfloat16)
     compiled, rows = torch.compile(theirs, dynamic=False), []
@@ -221,6 +223,45 @@ def encoders() -> str:
                 rows.append([f"{batch} x {tokens}", name, device_us(call), *host_us(call, 100), away])
     head = ["bf16", "form", "device, us", "host returns, us", "answers there, us", "largest difference"]
     return f"Budgets: 250 us on the device at 1 x 64, 1,000 us at 64 x 64.\n\n{table(head, rows)}"
+
+
+def texts_to_decisions() -> str:
+    """From text to a choice on the host in this process, with DeBERTa-v3-small's shape."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        directory = encoders.write("DeBERTa-v3-small's shape", Path(folder))
+        for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+            router = encoders.text_router(directory, "cuda:0", precision)
+            tokenizer, theirs = encoders.by_transformers(directory, "cuda", dtype)
+            compiled = torch.compile(theirs, dynamic=False)
+            head = {name: torch.from_numpy(x).cuda() for name, x in router.checkpoint.tensors.items()}
+
+            def plain(model: Any, texts: list[str], *, tokenizer: Any = tokenizer, head: Any = head) -> Any:
+                x = encoders.embed(tokenizer, model, texts, "cuda")
+                return (x @ head["predictor.weight"] + head["predictor.bias"]).argmax(dim=1).cpu()
+
+            def ours(texts: list[str], *, router: Router = router) -> Any:
+                return router.route_batch(router.encode(texts), TAU).choice.cpu()
+
+            for batch, tokens in ((1, 16), (1, 64), (1, 128), (64, 64), (256, 64)):
+                texts = encoders.texts(tokens, batch)
+                away = (router.encode(texts) - encoders.embed(tokenizer, theirs, texts, "cuda")).abs().max()
+                forms: dict[str, Callable[[], Any]] = {
+                    "encode and route_batch": partial(ours, texts),
+                    "transformers": partial(plain, theirs, texts),
+                    "torch.compile": partial(plain, compiled, texts),
+                }
+                if batch == 1:
+                    forms["route"] = partial(router.route, texts[0], TAU)
+                took = encoders.interleaved_us(forms, 1000 if batch == 1 else 100)
+                for name, us in took.items():
+                    p50, p99 = np.percentile(us[:, 0], [50, 99])
+                    rows.append(
+                        [precision, f"{batch} x {tokens}", name, float(p50), float(p99), batch / p50 * 1e6, float(away)]
+                    )
+    titles = ["precision", "texts", "form", "p50, us", "p99, us", "queries/s", "largest difference"]
+    note = "A text's tokens are those of MiniLM's tokenizer; the plain forms end in a product and an argmax."
+    return f"{note} Budgets at 1 x 64: p50 600 us, p99 1,000 us over gRPC.\n\n{table(titles, rows)}"
 
 
 def samples() -> str:
@@ -258,7 +299,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Pooled in front of the decision": pooled_in_front,
     "Tiles": tiles,
     "Beta samples": samples,
-    "DeBERTa": encoders,
+    "DeBERTa": forward_passes,
+    "Text to decision": texts_to_decisions,
     "Loading": loaded,
     "Profile of 100 calls of route_batch, B = 1": profile,
 }
