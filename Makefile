@@ -26,7 +26,7 @@ demo: $(VENV)/.demo  ## start the server, route a few hundred queries, print the
 	$(BIN)/proteus demo $(ARGS)
 
 test: native-asan  ## the whole suite, CPU only: native tests under ASan and UBSan, then pytest (ARGS="-k name")
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile -p no:benchmark $(ARGS)
 
 verify: native-tsan  ## the long checks: native tests under TSan, tests marked `verify`
 	$(BIN)/pytest -m verify --hypothesis-profile=verify $(ARGS)
