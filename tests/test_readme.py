@@ -31,9 +31,14 @@ def test_the_first_example_routes(tmp_path: Path) -> None:
     assert (status, floor) == ("FEASIBLE", "0.85")
 
 
+def test_the_batcher_example_routes(tmp_path: Path) -> None:
+    shown = output_of(EXAMPLES[0] + EXAMPLES[1] + "print(decision.status.name)\n", tmp_path)
+    assert shown.splitlines()[-1] == "FEASIBLE"
+
+
 def test_the_client_example_routes(tmp_path: Path) -> None:
     with Server(Router.load(), "127.0.0.1:0").running() as address:
-        shown = output_of(EXAMPLES[1].replace("127.0.0.1:50051", address), tmp_path)
+        shown = output_of(EXAMPLES[2].replace("127.0.0.1:50051", address), tmp_path)
     assert "FEASIBLE 0.85" in shown
 
 
