@@ -1,5 +1,5 @@
-"""A row's way through the batcher beside the same decision called directly and through an executor, and texts through a
-tiny transformer by the number of callers.
+"""A row's way through the batcher beside the same decision called directly and through an executor, and texts through
+MiniLM by the number of callers.
 
 `pytest benchmarks/bench_batcher.py`: answers are compared before a time counts.
 """
@@ -9,20 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import workload
+from benchmarks import encoders, workload
 from proteus_fast.batcher import Batcher
 from proteus_fast.router import Router
-from tests import encoders
 
 CALLS = 200
-WORDS = [f"word{i}" for i in range(64)]
-TEXTS = [" ".join(WORDS[i : i + 24]) for i in range(32)]
+TEXTS = encoders.texts(16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +71,15 @@ def test_rows_from_coroutines(benchmark: Any, router: Router, batcher: Batcher, 
 
 
 @pytest.fixture(scope="module")
-def transformer(tmp_path_factory: pytest.TempPathFactory) -> Router:
+def transformer() -> Router:
     torch.set_num_threads(1)
-    folder: Path = tmp_path_factory.mktemp("router")
-    return Router.load(encoders.save_router(encoders.make("bert", folder / "bert", WORDS), folder / "router"))
+    return encoders.text_router(encoders.minilm())
 
 
 @pytest.mark.parametrize("form", ["direct", "batcher"])
-@pytest.mark.parametrize("callers", [1, 8, 32])
+@pytest.mark.parametrize("callers", [1, 4, 16])
 def test_texts_of_callers(benchmark: Any, transformer: Router, form: str, callers: int) -> None:
-    """The time is that of 32 texts of 24 words by so many threads, through a BERT of two layers of 32."""
+    """The time is that of 16 texts of 16 tokens by so many threads, through MiniLM."""
     benchmark.group = f"{len(TEXTS)} texts from {callers} thread(s)"
     expected = [transformer.route(text, workload.TAU) for text in TEXTS]
     with Batcher(transformer) as batcher, ThreadPoolExecutor(callers) as pool:

@@ -142,6 +142,12 @@ def test_source_roots_are_no_packages() -> None:
         assert not (ROOT / folder / "__init__.py").exists()
 
 
+def test_benchmarks_run_without_the_tests() -> None:
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        found = {target_of(item.module) for item in imports_of(path.read_text(encoding="utf-8"))}
+        assert "tests" not in found, path.relative_to(ROOT)
+
+
 def test_only_the_bindings_know_python() -> None:
     include = re.compile(r'^\s*#\s*include\s*[<"](pybind11|Python\.h|torch|ATen|c10)', re.MULTILINE)
     native = sorted((ROOT / "csrc").glob("**/*.[ch]pp"))
