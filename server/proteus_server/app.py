@@ -206,22 +206,27 @@ class _Signals:
 
     def __init__(self) -> None:
         self.count = 0
-        self._arrived = threading.Event()
 
     def __enter__(self) -> Self:
+        # a signal that the kernel gives to another thread interrupts no lock that this one waits for; bytes do
+        self._arrived, self._written = os.pipe()
+        os.set_blocking(self._written, False)
         self._before = {number: signal.signal(number, self._arrive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._written_before = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._written_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._arrived)
+        os.close(self._written)
 
     def wait(self) -> None:
-        self._arrived.wait()
+        os.read(self._arrived, 1)
 
     def _arrive(self, _number: int, _frame: object) -> None:
         self.count += 1
-        self._arrived.set()
 
 
 def serve(

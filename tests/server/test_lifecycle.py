@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -35,6 +37,31 @@ def test_started_and_stopped(launch: Any, socket_dir: Path, kind: str, number: i
     logged = [line.split("proteus_server: ")[1].split(":")[0] for line in lines if "proteus_server: " in line]
     assert logged == ["start", "ready", "drain", "stop"]
     assert CANARY not in process.text
+
+
+def test_a_signal_that_another_thread_gets_stops_the_server(socket_dir: Path) -> None:
+    code = f"""
+import signal, sys, threading, time
+from proteus_server import app
+
+class Out:
+    write = staticmethod(sys.stderr.write)
+    def flush(self):
+        ready.set()
+
+ready = threading.Event()
+sys.stdout = Out()
+
+def kill():
+    ready.wait()
+    time.sleep(0.2)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=kill).start()
+sys.exit(app.serve(None, "unix:{socket_dir}/s"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=socket_dir, timeout=60.0, capture_output=True, text=True)
+    assert (done.returncode, "stop" in done.stderr) == (0, True), done.stderr
 
 
 def test_a_drain_loses_no_call(launch: Any, plane: str, socket_dir: Path) -> None:
