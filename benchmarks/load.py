@@ -76,20 +76,22 @@ def framed(message: bytes) -> bytes:
     return b"\0" + len(message).to_bytes(4, "big") + message
 
 
-def texts() -> list[str]:
-    """Distinct queries of 200 to 330 characters, about 64 tokens, made from the demonstration's."""
+def texts(parts: int = 1) -> list[str]:
+    """Distinct queries of 200 to 330 characters, about 64 tokens, times `parts`, made from the demonstration's."""
     long = [query for query in queries() if 200 <= len(query) <= 310]
-    return [f"{long[i % len(long)]} (question {i})" for i in range(MESSAGES)]
+    return [
+        " ".join(f"{long[(i + part) % len(long)]} (question {i})" for part in range(parts)) for i in range(MESSAGES)
+    ]
 
 
 def embeddings(dim: int, rows: int = MESSAGES) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(1).standard_normal((rows, dim), np.float32).astype("<f4")
 
 
-def requests(kind: str, dim: int, rows: int = 1, tau: float = TAU) -> list[bytes]:
-    """Distinct requests, serialised: of Route, or of RouteBatch where rows > 1."""
+def requests(kind: str, dim: int, rows: int = 1, tau: float = TAU, parts: int = 1) -> list[bytes]:
+    """Distinct requests, serialised: of Route, or of RouteBatch where rows > 1. parts: see `texts`."""
     if rows == 1 and kind == "text":
-        return [pb.RouteRequest(text=text, tau=tau).SerializeToString() for text in texts()]
+        return [pb.RouteRequest(text=text, tau=tau).SerializeToString() for text in texts(parts)]
     if rows == 1:
         return [pb.RouteRequest(embedding=x.tobytes(), tau=tau).SerializeToString() for x in embeddings(dim)]
     if kind == "text":
@@ -166,12 +168,14 @@ def generate(
     return result
 
 
-def measure(address: str, kind: str, *, rows: int = 1, **options: Any) -> dict[str, Any]:
+def measure(address: str, kind: str, *, rows: int = 1, parts: int = 1, **options: Any) -> dict[str, Any]:
     """`generate` with requests that suit the server."""
     info = info_of(address)
     if rows > 1:
         options |= {"method": "RouteBatch", "rows": rows}
-    return generate(address, requests(kind, info.input_dim, rows), candidates=len(info.candidates), **options)
+    return generate(
+        address, requests(kind, info.input_dim, rows, parts=parts), candidates=len(info.candidates), **options
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

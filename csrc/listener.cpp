@@ -5,10 +5,40 @@
 
 #include <cerrno>
 #include <system_error>
+#include <utility>
 
 #include "listener_loop.hpp"
 
 namespace proteus {
+
+Seat::~Seat() {
+    for (const int descriptor : given_) ::close(descriptor);
+}
+
+void Seat::give(int descriptor) {
+    ++connections;
+    {
+        const std::lock_guard lock(mutex_);
+        given_.push_back(descriptor);
+    }
+    mailbox_->wake();
+}
+
+std::vector<int> Seat::take() {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(given_, {});
+}
+
+Seat& ListenerState::add_seat(std::shared_ptr<Mailbox> mailbox) {
+    return *seats_.emplace_back(std::make_unique<Seat>(std::move(mailbox)));
+}
+
+Seat& ListenerState::lightest(Seat& own) const {
+    Seat* found = &own;
+    for (const auto& seat : seats_)
+        if (seat->connections < found->connections) found = seat.get();
+    return *found;
+}
 
 std::shared_ptr<const Served> ListenerState::served() const {
     const std::lock_guard lock(mutex_);

@@ -49,6 +49,25 @@ struct ListenerTimes {
     std::array<std::uint64_t, 3> sum_ns{};  // of the three
 };
 
+// Where a thread is given connections that another one has accepted.
+class Seat {
+  public:
+    explicit Seat(std::shared_ptr<Mailbox> mailbox) : mailbox_(std::move(mailbox)) {}
+    ~Seat();
+    Seat(const Seat&) = delete;
+    Seat& operator=(const Seat&) = delete;
+
+    void give(int descriptor);
+    std::vector<int> take();
+
+    std::atomic<std::size_t> connections{0};  // open here, or given
+
+  private:
+    const std::shared_ptr<Mailbox> mailbox_;
+    std::mutex mutex_;
+    std::vector<int> given_;
+};
+
 // What the threads share.
 class ListenerState {
   public:
@@ -59,6 +78,11 @@ class ListenerState {
     void swap(std::shared_ptr<const Served> served);
     // Replaces `held` where it is not the present one; costs one load where it is.
     void refresh(std::shared_ptr<const Served>& held, std::uint64_t& generation) const;
+
+    // Before the threads run.
+    Seat& add_seat(std::shared_ptr<Mailbox> mailbox);
+    // The thread with the fewest connections; `own` where others have as few.
+    Seat& lightest(Seat& own) const;
 
     // -1 where the service is unknown.
     int health(std::string_view service) const;
@@ -71,6 +95,7 @@ class ListenerState {
     std::atomic<Clock::rep> stop_at{0};  // since the clock's epoch, once is_stopping
 
   private:
+    std::vector<std::unique_ptr<Seat>> seats_;
     mutable std::mutex mutex_;  // guards the next two
     std::shared_ptr<const Served> served_;
     std::map<std::string, int, std::less<>> health_;

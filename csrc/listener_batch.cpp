@@ -8,6 +8,8 @@ namespace {
 
 // Rows of a batch that are decided at once: the engine's own chunk, and below a millisecond.
 constexpr std::size_t kSliceRows = 96;
+// Of batches while it sheds, but for one that waits behind another.
+constexpr auto kWaitingWork = std::chrono::milliseconds(1);
 
 std::string text_of(std::size_t n) { return std::to_string(n); }
 
@@ -82,7 +84,8 @@ bool Decider::route_batch(const std::shared_ptr<const Served>& served, Call& cal
         take_options(*served, request.available, request.mode, request.guarantee, violations);
     if (violations.size()) {
         session.refuse(call, invalid(violations));
-    } else if (jobs_.size() >= max_calls_ || (job_rows_ && job_rows_ + rows > max_rows_)) {
+    } else if (is_full(rows, call.arrived)) {
+        shed_batches_.refuse(call.arrived);
         ++stats_.rejected;
         session.refuse(call, overloaded());
     } else {
@@ -95,6 +98,14 @@ bool Decider::route_batch(const std::shared_ptr<const Served>& served, Call& cal
         jobs_.push_back(std::move(job));
     }
     return true;
+}
+
+bool Decider::is_full(std::size_t rows, Clock::time_point now) const {
+    // one at work and one that waits, so that there is always work
+    if (shed_batches_.is_on(now) && jobs_.size() > 1 &&
+        job_rows_ + rows > batch_cost_.rows_in(kWaitingWork))
+        return true;
+    return jobs_.size() >= max_calls_ || (job_rows_ && job_rows_ + rows > max_rows_);
 }
 
 void Decider::decide_batches(Clock::duration budget) {
@@ -149,6 +160,7 @@ bool Decider::step(Job& job, Clock::time_point until) {
     times_.queue.add(nanoseconds(*job.begun - job.call->arrived));
     times_.encode.add(nanoseconds(job.encoding));
     times_.decide.add(nanoseconds(job.deciding));
+    if (job.rows) batch_cost_.add(job.encoding + job.deciding, job.rows);
     if (Tally* tally = job.served->snapshot->options.tally.get())
         for (std::size_t r = 0; r < job.rows; ++r) tally->add(job.choice[r], job.status[r]);
     answer(job);

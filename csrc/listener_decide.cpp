@@ -14,8 +14,33 @@ namespace {
 
 // Without a refusal for so long there is no standing queue, here or at the clients.
 constexpr auto kCalm = std::chrono::seconds(1);
+constexpr std::chrono::seconds kLongestShedding{60};
+// Work of one turn while it sheds: a caller waits for the rest of one turn, then for its own.
+constexpr auto kShortTurn = std::chrono::microseconds(300);
+// A refusal waits for the turn before it.
+constexpr auto kLongTurn = std::chrono::milliseconds(10);
 
 }  // namespace
+
+void Shedding::refuse(Clock::time_point now) {
+    if (!is_on(now)) {
+        length_ = now - refused_ < kCalm ? std::min(2 * length_, kLongestShedding)
+                                         : std::chrono::seconds(1);
+        begun_ = now;
+    }
+    refused_ = now;
+}
+
+void RowCost::add(Clock::duration spent, std::size_t rows) {
+    const double ns = static_cast<double>(nanoseconds(spent)) / static_cast<double>(rows);
+    ns_ = ns_ ? ns_ + (std::min(ns, 2 * ns_) - ns_) / 8 : ns;
+}
+
+std::size_t RowCost::rows_in(Clock::duration work) const {
+    if (!ns_) return std::numeric_limits<std::size_t>::max();
+    return std::max<std::size_t>(
+        1, static_cast<std::size_t>(static_cast<double>(nanoseconds(work)) / ns_));
+}
 
 bool Decider::route(const std::shared_ptr<const Served>& served, Call& call) {
     if (count_ == pending_.size()) pending_.push_back(std::make_unique<Pending>());
@@ -46,7 +71,7 @@ bool Decider::route(const std::shared_ptr<const Served>& served, Call& call) {
     if (request.available.capacity() > kMaxCandidates) request.available = {};
     if (violations.size()) {
         session.refuse(call, invalid(violations));
-    } else if (turn_away()) {
+    } else if (turn_away(call.arrived)) {
         session.refuse(call, overloaded());
     } else {
         pending.call = &call;
@@ -59,8 +84,13 @@ bool Decider::route(const std::shared_ptr<const Served>& served, Call& call) {
     return true;
 }
 
-bool Decider::turn_away() {
-    if (count_ < max_calls_ + burst_) return false;
+bool Decider::turn_away(Clock::time_point now) {
+    const std::size_t most =
+        shed_routes_.is_on(now)
+            ? std::min(max_calls_, route_cost_.rows_in(kShortTurn))
+            : std::max(max_calls_, std::min(max_calls_ + burst_, route_cost_.rows_in(kLongTurn)));
+    if (count_ < most) return false;
+    shed_routes_.refuse(now);
     ++stats_.rejected;
     has_turned_away_ = true;
     return true;
@@ -139,6 +169,7 @@ void Decider::decide_group(const Served& served, Mode mode, Guarantee guarantee)
     stats_.calls += rows;
     times_.encode.add(nanoseconds(times[1] - times[0]));
     times_.decide.add(nanoseconds(times[2] - times[1]));
+    route_cost_.add(times[2] - times[0], rows);
     for (std::size_t r = 0; r < rows; ++r) {
         times_.queue.add(nanoseconds(times[0] - group_[r]->call->arrived));
         if (Tally* tally = snapshot.options.tally.get()) tally->add(choice_[r], status_[r]);

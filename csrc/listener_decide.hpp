@@ -28,12 +28,41 @@ struct DecideTimes {
     Histogram decide;
 };
 
+// A queue that was full is kept short until nothing has been refused for a tenth of a second: what
+// waits in a full queue is late, and brings no more answers than a short one. The full length is
+// tried anyway after a second, then after twice as long each time that is in vain: callers who
+// would fit in may come again as often as they are refused.
+class Shedding {
+  public:
+    bool is_on(Clock::time_point now) const {
+        return now - refused_ < kCalm && now - begun_ < length_;
+    }
+    void refuse(Clock::time_point now);
+
+  private:
+    static constexpr std::chrono::milliseconds kCalm{100};
+    Clock::time_point begun_{}, refused_{};
+    std::chrono::seconds length_{1};
+};
+
+// Nanoseconds of work a row, as they were lately; one that was interrupted counts little.
+class RowCost {
+  public:
+    void add(Clock::duration spent, std::size_t rows);
+    // Rows that so much work is, at least one; all that there are before the first is known.
+    std::size_t rows_in(Clock::duration work) const;
+
+  private:
+    double ns_ = 0;
+};
+
 // Decides for one thread. A call that it holds has its `slot` set.
 class Decider {
   public:
     // At most `max_calls` routes of one turn, as many batches, and `max_rows` rows of batches.
     // After a second without a refusal `max_burst` routes more are taken, in one turn or in
-    // several: what comes at once after a pause is no overload.
+    // several: what comes at once after a pause is no overload. While it sheds, a turn's routes,
+    // and the batches that wait, are a fraction of a millisecond's work.
     Decider(std::size_t max_calls, std::size_t max_rows, std::size_t max_burst = 0);
     ~Decider();
 
@@ -42,7 +71,7 @@ class Decider {
     bool route_batch(const std::shared_ptr<const Served>& served, Call& call);
 
     // True, and counted, where the routes since the last decision have taken all places.
-    bool turn_away();
+    bool turn_away(Clock::time_point now);
 
     // Decides the routes taken since the last time.
     void decide_routes(const Served& served, Clock::time_point now);
@@ -67,6 +96,7 @@ class Decider {
     void decide_group(const Served& served, Mode mode, Guarantee guarantee);
     void answer(const Served& served, Pending& pending, std::size_t row,
                 const Clock::time_point (&times)[3]);
+    bool is_full(std::size_t rows, Clock::time_point now) const;
     bool step(Job& job, Clock::time_point until);
     void answer(Job& job);
 
@@ -76,6 +106,8 @@ class Decider {
     std::size_t burst_;             // left of it
     bool has_turned_away_ = false;  // in this turn
     Clock::time_point turned_away_{};
+    Shedding shed_routes_, shed_batches_;
+    RowCost route_cost_, batch_cost_;
     DecideStats stats_;
     DecideTimes times_;
 

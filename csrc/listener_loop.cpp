@@ -122,7 +122,9 @@ void ListenerLoop::wait(int timeout_ms) {
         const epoll_event& event = events[(first + i) % count];
         const std::uint64_t data = event.data.u64;
         if (data == kEvent) {
+            // which takes what woke it, and so comes first
             collect_answers();
+            for (const int given : seat_.take()) adopt(given);
         } else if (data & kSocket) {
             accept(static_cast<int>(data & 0x7FFFFFFF));
         } else {
@@ -148,26 +150,35 @@ void ListenerLoop::accept(int socket) {
             if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) listen(false);
             return;
         }
-        if (counts_.connections >= options_.connections) {
+        Seat& seat = state_.lightest(seat_);
+        if (seat.connections >= options_.connections) {
             ++counts_.refused_connections;
             ::close(fd);
-            continue;
+        } else if (&seat == &seat_) {
+            ++seat.connections;
+            adopt(fd);
+        } else {
+            seat.give(fd);
         }
-        const int on = 1;
-        // fails on a Unix socket, which waits for nothing
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-        const auto place = static_cast<std::size_t>(fd);
-        if (place >= connections_.size()) connections_.resize(place + 1);
-        serial_ = (serial_ + 1) & 0x7FFFFFFF;
-        connections_[place] = std::make_unique<Connection>(*this, fd, serial_);
-        Connection& connection = *connections_[place];
-        connection.opened = connection.heard = connection.advanced = now;
-        ++counts_.accepted;
-        ++counts_.connections;
-        epoll_event event{};
-        epoll_ctl(epoll_, EPOLL_CTL_ADD, fd, &event);
-        touched(connection.session);
     }
+}
+
+void ListenerLoop::adopt(int fd) {
+    const int on = 1;
+    // fails on a Unix socket, which waits for nothing
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    const auto place = static_cast<std::size_t>(fd);
+    if (place >= connections_.size()) connections_.resize(place + 1);
+    serial_ = (serial_ + 1) & 0x7FFFFFFF;
+    connections_[place] = std::make_unique<Connection>(*this, fd, serial_);
+    Connection& connection = *connections_[place];
+    connection.opened = connection.heard = connection.advanced = now;
+    ++counts_.accepted;
+    ++counts_.connections;
+    epoll_event event{};
+    epoll_ctl(epoll_, EPOLL_CTL_ADD, fd, &event);
+    touched(connection.session);
+    if (is_stopping_) connection.session.go_away();
 }
 
 void ListenerLoop::read(Connection& connection) {
@@ -253,6 +264,7 @@ void ListenerLoop::flush_touched() {
 void ListenerLoop::close(Connection& connection) {
     std::replace(touched_.begin(), touched_.end(), &connection, static_cast<Connection*>(nullptr));
     --counts_.connections;
+    --seat_.connections;
     // its calls leave whoever holds them
     connections_[static_cast<std::size_t>(connection.fd)].reset();
 }

@@ -26,7 +26,7 @@ class ListenerLoop final : public Host {
     void arrived(Call& call) override;
     void touched(Session& session) override;
     bool turn_away(Method::Kind kind) override {
-        return kind == Method::Kind::kRoute && decider_.turn_away();
+        return kind == Method::Kind::kRoute && decider_.turn_away(now);
     }
     bool draining() const override { return state_.is_draining.load(std::memory_order_relaxed); }
 
@@ -40,6 +40,7 @@ class ListenerLoop final : public Host {
 
     void wait(int timeout_ms);
     void accept(int socket);
+    void adopt(int fd);
     void read(Connection& connection);
     void flush(Connection& connection);
     void flush_touched();
@@ -60,6 +61,7 @@ class ListenerLoop final : public Host {
     ListenerState& state_;
     const std::vector<int> sockets_;
     const std::shared_ptr<Mailbox> mailbox_ = std::make_shared<Mailbox>();
+    Seat& seat_ = state_.add_seat(mailbox_);
     const int epoll_;
     bool is_listening_ = false;
     bool is_stopping_ = false;

@@ -77,9 +77,16 @@ class Server:
         )
         limit = options.workers + options.max_queue
         self._plane: native.NativePlane | grpcio_plane.GrpcioPlane = (
-            native.NativePlane(served, self._service, workers=options.workers, limit=limit, threads=options.threads)
+            native.NativePlane(
+                served,
+                self._service,
+                workers=options.workers,
+                limit=limit,
+                threads=options.threads,
+                max_connection_age_s=options.max_connection_age,
+            )
             if plane == "native"
-            else grpcio_plane.GrpcioPlane(self._service, limit)
+            else grpcio_plane.GrpcioPlane(self._service, limit, options.max_connection_age)
         )
         # what a listener hands over to Python finds the new generation there
         self.control.follow(self._service.swap)

@@ -31,6 +31,7 @@ class Options:
     drain_seconds: float = 10.0
     data_plane: str | None = None
     threads: int = 1
+    max_connection_age: float = 0.0
     admin_address: str | None = None
     checkpoint_root: str | None = None
     metrics_address: str | None = None
@@ -44,7 +45,7 @@ class Options:
         for name in ("max_queue", "max_batch_size", "workers", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name, most in (("drain_seconds", 3600), ("access_log_sample", 1)):
+        for name, most in (("drain_seconds", 3600), ("access_log_sample", 1), ("max_connection_age", 2_000_000)):
             if not 0.0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: expected 0 to {most}, got {getattr(self, name)}")
 
@@ -70,6 +71,7 @@ SETTINGS = (
     Setting("drain-seconds", float, "S", "how long calls in flight may take after SIGTERM"),
     Setting("data-plane", str, "", "what answers Route and RouteBatch (default: native where built)", DATA_PLANES),
     Setting("threads", int, "N", "of the native data plane"),
+    Setting("max-connection-age", float, "S", "after which a client is told to connect again; 0: never"),
     Setting(
         "admin-address", str, "HOST:PORT | unix:PATH", "where to serve AdminService; loopback only (default: none)"
     ),

@@ -33,10 +33,16 @@ _CHANNEL_OPTIONS = (
 )
 
 
+def _age_options(seconds: float) -> tuple[tuple[str, int], ...]:
+    if not seconds:
+        return ()
+    return ("grpc.max_connection_age_ms", max(1, int(1000 * seconds))), ("grpc.max_connection_age_grace_ms", 10_000)
+
+
 class GrpcioPlane:
     """Threads for calls, and grpcio's server in front of them."""
 
-    def __init__(self, router_service: service.RouterService, limit: int) -> None:
+    def __init__(self, router_service: service.RouterService, limit: int, max_connection_age_s: float = 0.0) -> None:
         self._control = futures.ThreadPoolExecutor(_CONTROL_THREADS, "proteus-control")
         # a thread for each call that is in: those that wait, for their request or for a place, cost no time
         self._pool = _CountingPool(limit)
@@ -45,7 +51,7 @@ class GrpcioPlane:
         self._server = grpc.server(
             self._control,
             interceptors=(self._admission,),
-            options=_CHANNEL_OPTIONS,
+            options=(*_CHANNEL_OPTIONS, *_age_options(max_connection_age_s)),
             maximum_concurrent_rpcs=limit + _CONTROL_CALLS,
         )
         self._health = health.HealthServicer()

@@ -72,18 +72,27 @@ class NativePlane:
     """Sockets, the listener on them, and threads for what it forwards."""
 
     def __init__(
-        self, generation: Generation, router_service: service.RouterService, *, workers: int, limit: int, threads: int
+        self,
+        generation: Generation,
+        router_service: service.RouterService,
+        *,
+        workers: int,
+        limit: int,
+        threads: int,
+        max_connection_age_s: float = 0.0,
     ) -> None:
         """Prepare a data plane; nothing is bound yet.
 
         Args:
             workers: threads for forwarded calls. limit: most forwarded calls that wait or are at work; also most
-                calls of one read. threads: of the listener.
+                calls of one read. threads: of the listener. max_connection_age_s: after which a client is told to
+                connect again, and its calls have ten seconds to end; 0: never.
         """
         self._served = served(generation)
         self._service = router_service
         self._limit = limit
         self._threads = threads
+        self._max_connection_age_s = max_connection_age_s
         self._reflection = reflection.ReflectionServicer(
             (service.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         )
@@ -119,6 +128,7 @@ class NativePlane:
             max_calls=self._limit,
             max_rows=service.MAX_BATCH_ROWS,
             max_forwarded=self._limit,
+            age_s=self._max_connection_age_s,
         )
         self._close_sockets()
         for name, status in self._health.items():

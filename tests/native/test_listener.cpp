@@ -11,6 +11,7 @@
 
 #include "http2_peer.hpp"
 #include "listener.hpp"
+#include "listener_decide.hpp"
 #include "listener_proto.hpp"
 
 using namespace proteus;
@@ -275,6 +276,35 @@ void a_burst_is_taken_and_no_standing_queue() {
     CHECK(rejected_after(10) == 16);
 }
 
+void a_queue_that_was_full_is_kept_short() {
+    const Clock::time_point start = Clock::now();
+    Shedding shedding;
+    CHECK(!shedding.is_on(start));
+    shedding.refuse(start);
+    CHECK(shedding.is_on(start + 99ms) && !shedding.is_on(start + 101ms));
+    // refusals go on
+    int tried = 0;
+    for (auto at = start; at < start + 12s; at += 50ms) {
+        tried += !shedding.is_on(at);
+        shedding.refuse(at);
+    }
+    CHECK(tried == 3);
+    CHECK(!shedding.is_on(start + 12s + 100ms));
+    shedding.refuse(start + 13s);
+    for (auto at = start + 13s; at < start + 14s; at += 50ms) shedding.refuse(at);
+    CHECK(!shedding.is_on(start + 14s));
+
+    RowCost cost;
+    CHECK(cost.rows_in(1us) > 1'000'000);
+    cost.add(100us, 10);
+    CHECK(cost.rows_in(300us) == 30 && cost.rows_in(1us) == 1);
+    // a stop of the process
+    cost.add(1s, 10);
+    CHECK(cost.rows_in(300us) >= 26);
+    for (int i = 0; i < 100; ++i) cost.add(20us, 1);
+    CHECK(cost.rows_in(300us) <= 16);
+}
+
 void what_is_over_the_limits_is_refused() {
     const Place place;
     ListenerOptions options;
@@ -308,6 +338,29 @@ void what_is_over_the_limits_is_refused() {
     third.send();
     CHECK(!third.receive());
     while (listener.stats().refused_connections == 0) std::this_thread::sleep_for(1ms);
+}
+
+void threads_share_connections() {
+    const Place place;
+    ListenerOptions options;
+    options.threads = 3;
+    options.connections = 2;
+    Listener listener({place.fd}, make_served(1), {}, options);
+    std::vector<std::unique_ptr<Client>> clients;
+    const auto x = fixture::random_rows(1, kShape.dim, 1);
+    for (int i = 0; i < 6; ++i) {
+        clients.push_back(std::make_unique<Client>(place));
+        Client& client = *clients.back();
+        CHECK(client.await(client.peer.call(kRoute, route_request(x, 0.5))).status() == 0);
+    }
+    CHECK(listener.stats().refused_connections == 0);
+    Client seventh(place);
+    seventh.send();
+    CHECK(!seventh.receive());
+    clients.pop_back();
+    while (listener.stats().connections == 6) std::this_thread::sleep_for(1ms);
+    Client next(place);
+    CHECK(next.await(next.peer.call(kRoute, route_request(x, 0.5))).status() == 0);
 }
 
 void old_idle_and_silent_connections_end() {
@@ -368,7 +421,9 @@ int main(int argc, char** argv) {
     stress(argc > 1 ? std::atoi(argv[1]) : 300);
     a_drain_lets_calls_finish_and_refuses_the_rest();
     a_burst_is_taken_and_no_standing_queue();
+    a_queue_that_was_full_is_kept_short();
     what_is_over_the_limits_is_refused();
+    threads_share_connections();
     old_idle_and_silent_connections_end();
     a_batch_keeps_nobody_waiting();
 }

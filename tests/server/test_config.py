@@ -25,6 +25,7 @@ workers = 3
 drain-seconds = 4
 data-plane = "grpcio"
 threads = 5
+max-connection-age = 6.5
 admin-address = "unix:/a"
 checkpoint-root = "/r"
 metrics-address = "localhost:1"
@@ -61,6 +62,7 @@ def test_every_setting_is_a_key_and_a_flag(write: Any) -> None:
         drain_seconds=4,
         data_plane="grpcio",
         threads=5,
+        max_connection_age=6.5,
         admin_address="unix:/a",
         checkpoint_root="/r",
         metrics_address="localhost:1",
@@ -119,6 +121,7 @@ def test_what_is_wrong_in_a_file(write: Any, text: str | bytes, expected: str) -
     [
         ("address = 'localhost:0'\nworkers = 0", "workers: expected at least 1, got 0"),
         ("address = 'localhost:0'\naccess-log-sample = 1.5", "access_log_sample: expected 0 to 1, got 1.5"),
+        ("address = 'localhost:0'\nmax-connection-age = -1", "max_connection_age: expected 0 to 2000000, got -1"),
         ("", "address: expected --address, or address in the file of --config, got none"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,9 +16,11 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from proteus_server import app
 from proteus_server import proteus_pb2 as pb
 from proteus_server.client import Client
 
+GOAWAY = 7
 CANARY = "canary-91c2-the-prompt-of-a-user"
 
 
@@ -145,6 +148,28 @@ def test_while_draining(held_server: Any) -> None:
     drain.join(10.0)
     assert cut_off == [0]
     assert wire.call("Route", request).code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_an_old_connection_is_told_to_go(router: Any, plane: str, socket_dir: Path) -> None:
+    options = app.Options(data_plane=plane, max_connection_age=0.5)
+    with app.Server(router, f"unix:{socket_dir}/s", options).running() as address:
+        with socket.socket(socket.AF_UNIX) as peer, peer.makefile("rb") as frames:
+            peer.settimeout(20.0)
+            peer.connect(f"{socket_dir}/s")
+            # the preface, and a SETTINGS frame without any
+            peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+            kind, kinds = 0, []
+            while kind != GOAWAY:
+                head = frames.read(9)
+                assert len(head) == 9, kinds
+                kind = head[3]
+                kinds.append(kind)
+                frames.read(int.from_bytes(head[:3], "big"))
+        # a client that stays goes on by other connections
+        with Client(address, timeout_s=20.0) as client:
+            end = time.monotonic() + 2.0
+            while time.monotonic() < end:
+                assert client.route("Which gas do plants take in?", tau=0.5).candidate
 
 
 def test_what_outlasts_the_drain_is_cut_off(held_server: Any) -> None:
