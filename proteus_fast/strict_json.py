@@ -12,11 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_BYTES = 16 << 20
+# of an integer; Python's own limit has another message
+_MAX_DIGITS = 400
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
+    """A value as a message has it, however large or deep it is."""
     if isinstance(value, dict | list):
         return f"a {type(value).__name__} of {len(value)}"
+    # Python refuses to write out longer ones
+    if isinstance(value, int) and value.bit_length() > 8 * _MAX_DIGITS:
+        return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -33,7 +39,7 @@ class Node:
         return Node(value, f"{self._place}{self._separator}{name[:60]}", ".")
 
     def fail(self, expected: str) -> NoReturn:
-        raise ValueError(f"{self._place}: expected {expected}, got {_describe(self._value)}")
+        raise ValueError(f"{self._place}: expected {expected}, got {describe(self._value)}")
 
     def fields(self, *names: str) -> Iterator[Node]:
         """The fields of an object that has exactly these, in the order asked for."""
@@ -66,6 +72,9 @@ class Node:
     def text(self, *allowed: str, most: int = 4096) -> str:
         if not isinstance(self._value, str) or len(self._value) > most:
             self.fail(f"a text of at most {most} characters")
+        # what is no Unicode goes into no message or reply
+        if any("\ud800" <= character <= "\udfff" for character in self._value):
+            self.fail("a text without surrogates")
         if allowed and self._value not in allowed:
             self.fail(" or ".join(repr(choice) for choice in allowed))
         return self._value
@@ -96,6 +105,12 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"expected finite numbers, got {name}")
 
 
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"expected integers of at most {_MAX_DIGITS} digits, got {len(digits)}")
+    return int(digits)
+
+
 def _no_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -115,7 +130,12 @@ def parse(data: bytes, place: str) -> Node:
     if len(data) > MAX_BYTES:
         raise ValueError(f"{place}: expected at most {MAX_BYTES} bytes, got {len(data)}")
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_int=_integer,
+            parse_constant=_no_constant,
+            object_pairs_hook=_no_duplicates,
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: expected UTF-8, got byte {data[error.start]:#04x} at {error.start}") from None
     except json.JSONDecodeError as error:

@@ -168,6 +168,11 @@ BAD = {
     "unknown encoder": (config(lambda c: c["encoder"].update(kind="bert")), ValueError, "encoder.kind: expected"),
     "five blocks": (config(lambda c: c["encoder"].update(block_weight=[1] * 5)), ValueError, "block_weight: expected"),
     "wrong dim": (config(lambda c: c["encoder"].update(dim=77)), ValueError, "encoder.table: expected shape"),
+    "endless number": (
+        raw("config.json", lambda d: d.replace(b'"rows": ', b'"rows": ' + b"9" * 4301)), ValueError,
+        "config.json: expected integers of at most 400 digits, got 43"),
+    "a name that is no Unicode": (
+        config(lambda c: c["pool"][0].update(name="a\ud800")), ValueError, "name: expected a text without surrogates"),
     "unknown link": (config(lambda c: c.update(link="tanh")), ValueError, "link: expected"),
     "policy mode without policy": (
         config(lambda c: c.update(head=None)), ValueError, "mode: expected 'dual'"),
@@ -200,6 +205,12 @@ BAD = {
         "encoder.idf: expected dtype float32, got float64"),
     "NaN in a tensor": (
         tensors(lambda t: t["predictor.bias"].__setitem__(0, np.nan)), ValueError, "predictor.bias: expected finite"),
+    "a tensor that overflows": (
+        tensors(lambda t: t["policy.b1"].__setitem__(0, 3e38)), ValueError,
+        r"policy.b1: expected finite values in \[-100000, 100000\], got -?[.\d]+ to 3e\+38"),
+    "a header that is no object of objects": (
+        raw("model.safetensors", lambda _: struct.pack("<Q", 5013) + b'{"x": "' + b"x" * 5004 + b'"}'), ValueError,
+        "expected a valid safetensors file, got"),
     "wrong shape": (
         tensors(lambda t: t.update({"predictor.bias": np.zeros(3, np.float32)})), ValueError,
         "predictor.bias: expected shape"),
@@ -231,6 +242,7 @@ def test_bad_checkpoints_are_refused_by_name(folder: Path, name: str) -> None:
     with pytest.raises(exception, match=message) as caught:
         checkpoint.load(folder)
     assert str(folder) in str(caught.value) or "pool: expected distinct" in str(caught.value)
+    assert len(str(caught.value)) < 1000
     assert Router.load().tau_max is not None
 
 
