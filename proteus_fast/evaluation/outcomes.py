@@ -93,24 +93,36 @@ def concatenate(first: OutcomeTable, second: OutcomeTable) -> OutcomeTable:
     )
 
 
+def read_parquet(file: Path, argument: str, columns: Sequence[str] | None = None) -> Any:
+    """A Parquet file as a pyarrow table whose texts are UTF-8; ``argument`` is what messages call it.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a Parquet file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{argument}: expected a Parquet file, got nothing at {file}")
+    try:
+        # pyarrow's read_table would take a folder named a=b for a column
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            table = parquet.read(columns)
+        table.validate(full=True)
+    # a column's name that is no UTF-8 is a UnicodeDecodeError
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{argument}: expected a Parquet file, got {str(error)[:300]}") from None
+    return table
+
+
 def read_table(path: str | os.PathLike[str]) -> OutcomeTable:
     """Read and check one Parquet file; the data set is named after its folder.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not an outcome table; the message has the file and the column.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected a Parquet file, got nothing there")
-    try:
-        # read_table would take a folder named a=b for a column
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            table = parquet.read()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: expected a Parquet file, got {error}") from None
+    table = read_parquet(file, str(file))
     columns = table.column_names
     names = tuple(column.removeprefix("score:") for column in columns if column.startswith("score:"))
     if not 1 <= len(names) <= MAX_CANDIDATES:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from proteus_fast.evaluation.outcomes import FOLDS
+from proteus_fast.evaluation.outcomes import FOLDS, read_parquet
 from proteus_fast.training.crossfit import CrossFit, cross_fit, solve_columns
 from proteus_fast.training.predictor import (
     Float32,
@@ -65,17 +65,8 @@ def read_prompts(path: str | os.PathLike[str], known: Sequence[str]) -> tuple[st
     Raises:
         FileNotFoundError: no such file. ValueError: not a Parquet file with texts in such a column.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"unlabelled: expected a Parquet file, got nothing at {file}")
-    try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            table = parquet.read(columns=["prompt"])
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"unlabelled: expected a Parquet file, got {error}") from None
+    table = read_parquet(file, "unlabelled", ["prompt"])
     values = table["prompt"].to_pylist() if table.column_names == ["prompt"] else [None]
     prompts = [value for value in values if isinstance(value, str)]
     if len(prompts) < len(values):

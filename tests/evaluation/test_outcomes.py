@@ -113,6 +113,18 @@ def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
         read_table(tmp_path / "t.parquet")
 
 
+def test_texts_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
+    columns = {"prompt": ["a text"], "score:a": [0.5], "cost:a": [0.5]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet", compression="none", use_dictionary=False)
+    good = (tmp_path / "t.parquet").read_bytes()
+    # a value's first byte, then that of its column's name
+    for word in (b"a text", b"prompt"):
+        (tmp_path / "t.parquet").write_bytes(good.replace(word, b"\xff" + word[1:]))
+        with pytest.raises(ValueError, match=r"t\.parquet: expected a Parquet file, got") as caught:
+            read_table(tmp_path / "t.parquet")
+        assert type(caught.value) is ValueError
+
+
 def test_candidates_are_chosen_by_name() -> None:
     table = synthetic.outcome_table(20)
     turned = table.with_candidates(("large", "small"))
