@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proteus_fast import _core
+from proteus_fast import _core, strict_json
 
 if TYPE_CHECKING:
     from proteus_kernels.deberta import DebertaEncoder
@@ -98,7 +98,7 @@ def describe(name: str | os.PathLike[str], max_tokens: int | None = None) -> tup
     place = directory / "config.json"
     try:
         config = json.loads(place.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"encoder: expected JSON in {place}, got {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"encoder: expected an object in {place}, got {type(config).__name__}")
@@ -106,7 +106,7 @@ def describe(name: str | os.PathLike[str], max_tokens: int | None = None) -> tup
     for name, default in (("hidden_size", None), ("max_position_embeddings", 1 << 16)):
         value = config.get(name, default)
         if type(value) is not int or not 1 <= value <= 1 << 20:
-            raise ValueError(f"encoder: expected an integer {name} in {place}, got {value!r}")
+            raise ValueError(f"encoder: expected an integer {name} in {place}, got {strict_json.describe(value)}")
         sizes.append(value)
     dim, positions = sizes
     # RoBERTa counts positions from behind its padding token

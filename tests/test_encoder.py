@@ -119,8 +119,10 @@ def test_what_is_not_an_encoder_is_refused(bert: Path, tmp_path: Path) -> None:
     ("config", "message"),
     [
         ("{", "expected JSON in"),
+        ("[" * 100_000, "expected JSON in"),
         ("[]", "expected an object in"),
         ("{}", "expected an integer hidden_size in"),
+        ('{"hidden_size": [' + "1, " * 5000 + "1]}", r"expected an integer hidden_size in .* got a list of 5001"),
         ('{"hidden_size": true}', "expected an integer hidden_size in"),
         ('{"hidden_size": 8, "max_position_embeddings": null}', "expected an integer max_position_embeddings in"),
     ],
