@@ -49,9 +49,9 @@ def parse(text: str, argument: str = "address") -> Address:
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        raise ValueError(f"{argument}: expected an IPv6 host in brackets, got {text!r}")
-    if not colon or not host or not port.isascii() or not port.isdecimal() or not 0 <= int(port) <= 65_535:
-        raise ValueError(f"{argument}: expected HOST:PORT or unix:PATH, got {text!r}")
+        raise ValueError(f"{argument}: expected an IPv6 host in brackets, got {text[:300]!r}")
+    if not colon or not host or not port.isascii() or not port.isdecimal() or len(port) > 5 or int(port) > 65_535:
+        raise ValueError(f"{argument}: expected HOST:PORT or unix:PATH, got {text[:300]!r}")
     return Address(host, int(port), None)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from proteus_fast import strict_json
 from proteus_server import logs, native
 
 if sys.version_info >= (3, 11):
@@ -17,7 +18,11 @@ else:
     import tomli as tomllib
 
 DATA_PLANES = ("native", "grpcio")
-_MAX_FILE_BYTES = 1 << 20
+_MAX_FILE_BYTES = 1 << 16
+# calls, rows or threads
+_MAX_COUNT = 1 << 20
+# of a line: no setting has a dotted key, of which tomllib keeps every beginning
+_MAX_DOTS = 100
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,12 @@ class Options:
             raise ValueError(f"data_plane: expected {' | '.join(DATA_PLANES)}, got {self.data_plane!r}")
         if self.data_plane == "native" and not native.is_built():
             raise ValueError("data_plane: expected grpcio (this build has no native one), got 'native'")
-        for name in ("max_queue", "max_batch_size", "workers", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name, most in (("drain_seconds", 3600), ("access_log_sample", 1), ("max_connection_age", 2_000_000)):
-            if not 0.0 <= getattr(self, name) <= most:
-                raise ValueError(f"{name}: expected 0 to {most}, got {getattr(self, name)}")
+        counts = dict.fromkeys(("max_queue", "max_batch_size", "workers", "threads"), (1, _MAX_COUNT))
+        others = {"drain_seconds": (0, 3600), "access_log_sample": (0, 1), "max_connection_age": (0, 2_000_000)}
+        for name, (least, most) in (counts | others).items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name}: expected {least} to {most}, got {strict_json.describe(value)}")
 
 
 class Setting(NamedTuple):
@@ -65,8 +70,8 @@ SETTINGS = (
     Setting("encoder", str, "DIR", "where the checkpoint's transformer is, if it has moved"),
     Setting("address", str, "HOST:PORT | unix:PATH", "where to serve (required); port 0 takes any free port"),
     Setting("insecure", bool, "", "allow cleartext on an address other machines can reach"),
-    Setting("max-queue", int, "N", "most calls that wait"),
-    Setting("max-batch-size", int, "N", "most rows at once"),
+    Setting("max-queue", int, "N", "calls that may wait beside those at work"),
+    Setting("max-batch-size", int, "N", "most rows that the batcher decides at once"),
     Setting("workers", int, "N", "calls worked on at once"),
     Setting("drain-seconds", float, "S", "how long calls in flight may take after SIGTERM"),
     Setting("data-plane", str, "", "what answers Route and RouteBatch (default: native where built)", DATA_PLANES),
@@ -133,11 +138,15 @@ def read(file: str) -> dict[str, Any]:
         data = source.read(_MAX_FILE_BYTES + 1)
     if len(data) > _MAX_FILE_BYTES:
         raise ValueError(f"{file}: expected at most {_MAX_FILE_BYTES} bytes, got more")
+    dots = max(line.count(b".") for line in data.split(b"\n"))
+    if dots > _MAX_DOTS:
+        raise ValueError(f"{file}: expected at most {_MAX_DOTS} dots in a line, got {dots}")
     try:
         table = tomllib.loads(data.decode())
     except UnicodeDecodeError:
         raise ValueError(f"{file}: expected UTF-8, got other bytes") from None
-    except tomllib.TOMLDecodeError as error:
+    # integers of too many digits are a ValueError, deep nesting is a RecursionError
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected TOML, got: {error}") from None
     known = {setting.name: setting for setting in SETTINGS}
     for key, value in table.items():
@@ -153,10 +162,11 @@ _NAMES = {setting.name.replace("-", "_") for setting in SETTINGS}
 def _check(place: str, value: object, setting: Setting) -> None:
     if setting.choices:
         if value not in setting.choices:
-            raise ValueError(f"{place}: expected {' | '.join(setting.choices)}, got {value!r}")
+            raise ValueError(f"{place}: expected {' | '.join(setting.choices)}, got {strict_json.describe(value)}")
         return
     # True is an int to Python, and an integer is a number to everybody
     kinds = (int, float) if setting.kind is float else (setting.kind,)
     if type(value) not in kinds:
-        shown = repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+        plain = isinstance(value, str | int | float | list | dict)
+        shown = strict_json.describe(value) if plain else f"a {type(value).__name__}"
         raise ValueError(f"{place}: expected {_KINDS[setting.kind]}, got {shown}")

@@ -36,6 +36,7 @@ def test_parsed(text: str, expected: tuple[str, int, str | None], target: str) -
 BAD_ADDRESSES = [
     "", ":", "localhost", "localhost:", ":8080", "localhost:x", "localhost:-1", "localhost:65536", "localhost:1 ",
     "localhost:٣", "::1:80", "fe80::1", "[::1]", "unix:", "unix:" + "x" * 108, "unix:a\0b", "http://localhost:80",
+    "localhost:" + "9" * 5000,
 ]  # fmt: skip
 
 
