@@ -19,7 +19,8 @@ from proteus_fast import Router, Status, checkpoint
 from proteus_server import admin, app
 from proteus_server import proteus_pb2 as pb
 from proteus_server.client import Client
-from tests.server.conftest import PLANES, tiny_checkpoint
+from tests.checkpoints import tiny_checkpoint
+from tests.server.conftest import PLANES
 
 NAMES = [f"model-{i}" for i in range(4)]
 TEXTS = ["Which gas do plants take in?", "word " * 30, "x"]
