@@ -1,8 +1,9 @@
 """Fuzzes what reads files, by hand: `python tests/fuzz_files.py TARGET FOLDER [libFuzzer's flags]`.
 
-Inputs that reach new code are kept in FOLDER. It needs atheris (`pip install atheris`), which the package does not;
-`test_fuzz_files.py` runs a few mutations without. Whatever the bytes, a reader succeeds, or raises a built-in exception
-whose text says what was expected and what came, within two seconds and a gigabyte.
+Inputs that reach new code are kept in FOLDER. It needs atheris (`pip install atheris`), which the package does not, and
+a plain install of the package, as atheris does not see into an editable one; `test_fuzz_files.py` runs a few mutations
+without. Whatever the bytes, a reader succeeds, or raises a built-in exception whose text says what was expected and
+what came, within two seconds and a gigabyte.
 """
 
 from __future__ import annotations

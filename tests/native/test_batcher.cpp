@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <numeric>
+#include <semaphore>
 #include <thread>
 
 #include "batcher.hpp"
@@ -61,7 +62,7 @@ void stress(int operations, std::size_t lanes) {
     for (int version = 0; version < 4; ++version)
         snapshots.push_back(make_snapshot(kShape, version + 1, version));
     // eight callers of up to five rows sometimes find this queue full
-    Batcher batcher(snapshots[0], {8, 16, 0us, {}, lanes});
+    Batcher batcher(snapshots[0], {8, 32, 0us, {}, lanes});
     std::atomic<bool> stop{false};
     std::atomic<std::uint64_t> answered{0};
     std::atomic<std::uint64_t> shed{0};
@@ -91,13 +92,15 @@ void stress(int operations, std::size_t lanes) {
                 }
             }
         });
+    const Clock::time_point begin = Clock::now();
+    std::size_t swaps = 0;
     std::thread swapper([&] {
-        for (std::size_t i = 1; !stop; ++i) {
-            batcher.swap(snapshots[i % snapshots.size()]);
-            std::this_thread::sleep_for(1ms);
-        }
+        // a sleep that was too long is made up for; whoever drops a copy last destroys it
+        for (; !stop; std::this_thread::sleep_until(begin + swaps * 1ms))
+            batcher.swap(std::make_shared<const Snapshot>(*snapshots[++swaps % snapshots.size()]));
     });
     for (auto& thread : threads) thread.join();
+    const std::chrono::duration<double, std::milli> took = Clock::now() - begin;
     stop = true;
     swapper.join();
     batcher.close(true);
@@ -105,11 +108,11 @@ void stress(int operations, std::size_t lanes) {
     CHECK(stats.queued_rows == 0);
     CHECK(stats.completed >= answered && stats.rejected == shed && stats.failed == 0);
     CHECK(stats.completed + stats.expired >= stats.submitted);
-    std::printf("%llu answers in %llu batches, %llu shed, %llu expired\n",
+    std::printf("%llu answers in %llu batches, %llu shed, %llu expired, %zu swaps in %.0f ms\n",
                 static_cast<unsigned long long>(answered.load()),
                 static_cast<unsigned long long>(stats.batches),
                 static_cast<unsigned long long>(stats.rejected),
-                static_cast<unsigned long long>(stats.expired));
+                static_cast<unsigned long long>(stats.expired), swaps, took.count());
 }
 
 // A worker held by a long window: what comes next stays in the queue.
@@ -384,17 +387,20 @@ void what_is_not_wanted_is_not_encoded() {
 }
 
 // Eight producers and one loop behind a descriptor: every tag comes out once, none is slept over.
+// Few calls are in flight, so that the loop sleeps, and no number of them fills the queue.
 void completions_reach_a_loop(int operations) {
     const auto snapshot = make_snapshot(kShape);
-    Batcher batcher(snapshot, {16, 1 << 20, 0us, {}, 2});
+    Batcher batcher(snapshot, {16, 64, 0us, {}, 2});
     Completions completions;
     std::mutex mutex;
     std::map<std::uint64_t, Batcher::Ticket> tickets;
+    std::counting_semaphore<> room(64);
     std::vector<std::thread> producers;
     for (unsigned t = 0; t < 8; ++t)
         producers.emplace_back([&, t] {
             for (int i = 0; i < operations; ++i) {
                 const std::uint64_t tag = static_cast<std::uint64_t>(i) * 8 + t;
+                room.acquire();
                 // held until the ticket is in the table
                 const std::lock_guard lock(mutex);
                 tickets[tag] = batcher.submit(make_query(1, static_cast<unsigned>(tag)),
@@ -416,6 +422,7 @@ void completions_reach_a_loop(int operations) {
                 check_answer(*snapshot, make_query(1, static_cast<unsigned>(tag)), answer);
             tickets.erase(found);
             ++answers;
+            room.release();
         }
     }
     for (auto& producer : producers) producer.join();

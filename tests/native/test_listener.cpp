@@ -162,11 +162,12 @@ void stress(int calls) {
     Listener listener({place.fd}, routers[0], methods, options);
     listener.set_health("", 1);
     std::atomic<bool> stop{false};
+    const Clock::time_point begin = Clock::now();
+    std::size_t swaps = 0;
     std::thread swapper([&] {
-        for (std::size_t i = 1; !stop; ++i) {
-            listener.swap(routers[i % routers.size()]);
-            std::this_thread::sleep_for(1ms);
-        }
+        // a sleep that was too long is made up for; whoever drops a copy last destroys it
+        for (; !stop; std::this_thread::sleep_until(begin + swaps * 1ms))
+            listener.swap(std::make_shared<const Served>(*routers[++swaps % routers.size()]));
     });
     std::thread python([&] {
         while (!stop)
@@ -204,6 +205,7 @@ void stress(int calls) {
             }
         });
     for (auto& thread : threads) thread.join();
+    const std::chrono::duration<double, std::milli> took = Clock::now() - begin;
     stop = true;
     swapper.join();
     python.join();
@@ -217,10 +219,10 @@ void stress(int calls) {
     listener.drain(1s);
     CHECK(answered == 16ull * static_cast<unsigned>(calls));
     CHECK(stats.decide.rejected == 0 && stats.waiting == 0);
-    std::printf("%llu routes, %llu rows in %llu batches\n",
+    std::printf("%llu routes, %llu rows in %llu batches, %zu swaps in %.0f ms\n",
                 static_cast<unsigned long long>(answered.load()),
                 static_cast<unsigned long long>(stats.decide.rows),
-                static_cast<unsigned long long>(stats.decide.batches));
+                static_cast<unsigned long long>(stats.decide.batches), swaps, took.count());
 }
 
 void a_drain_lets_calls_finish_and_refuses_the_rest() {
