@@ -11,7 +11,7 @@ Tensors (weights are (in, out): y = x W + b; D is the encoder's dimension, d the
   ``.b3`` (2,), ``.prior`` (K,), ``.knots_tau``, ``.knots_dual``, ``.knots_mu`` (N,): the policy network, if there is
   one.
 
-All but the table are float32.
+All but the table are float32, of magnitudes up to ``MAX_MAGNITUDE``.
 
 A checkpoint that holds its transformer has a folder ``encoder`` with config.json, tokenizer.json and model.safetensors
 as well; any other says where they are.

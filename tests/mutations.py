@@ -93,7 +93,8 @@ def _other_value(value: Any, rng: random.Random) -> Any:
             at = rng.randrange(len(value))
             return rng.choice((value[:at], value + value[at:], value.upper(), value[:at] + "0" + value[at + 1 :]))
         case 3:
-            return rng.choice(([value], {"a": value}, [value] * rng.choice((2, 65, 5000))))
+            most = 2 if isinstance(value, list | dict) else 5000
+            return rng.choice(([value], {"a": value}, [value] * rng.choice((2, most))))
         case 4 if isinstance(value, list):
             return rng.choice((value[::-1], value[:-1], value + value[-1:], value[:1]))
         case 5:

@@ -15,10 +15,10 @@ def test_no_mutation_does_worse_than_an_error(name: str) -> None:
     seeds = list(target.seeds())
     assert all(map(target.run, seeds))
     accepted = 0
-    for _ in range(100):
+    for _ in range(60):
         data = rng.choice(seeds)
         for _ in range(rng.choice((1, 1, 2, 3))):
             data = target.mutate(data, rng)
         accepted += target.run(data)
     # neither do all fail in the first check
-    assert 0 < accepted < 100
+    assert 0 < accepted < 60
