@@ -17,7 +17,7 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 
 from proteus_server import address as addresses
-from proteus_server import errors
+from proteus_server import arrivals, errors
 from proteus_server import proteus_pb2 as pb
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from proteus_server.control import Control, Generation
 
 SERVICE_NAME = "proteus.v1.AdminService"
-_THREADS = 4
 _MAX_CALLS = 32
 _TAUS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 _STATUS_UNCERTIFIED = 3
@@ -123,11 +122,13 @@ class AdminServer:
         """
         self._address = checked(address)
         self._service = AdminService(control, data_plane)
-        self._threads = futures.ThreadPoolExecutor(_THREADS, "proteus-admin")
+        # one for each call: those that wait, for their request or for another change, keep nobody waiting
+        self._threads = futures.ThreadPoolExecutor(_MAX_CALLS, "proteus-admin")
+        self._arrivals = arrivals.Arrivals(_MAX_CALLS // 2)
         # who may call is asked here, by an interceptor, should a loopback address ever not be enough
         self._server = grpc.server(
             self._threads,
-            interceptors=(),
+            interceptors=(self._arrivals,),
             options=(("grpc.so_reuseport", 0),),
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
@@ -142,6 +143,7 @@ class AdminServer:
             OSError: the address cannot be bound.
         """
         place = self._exit.enter_context(addresses.bound(self._address, self._server.add_insecure_port))
+        self._arrivals.start()
         self._server.start()
         return place
 
@@ -152,6 +154,7 @@ class AdminServer:
     def stop(self) -> None:
         """End at once what is still open; a change that has begun to be made is made."""
         self._server.stop(0).wait()
+        self._arrivals.stop()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._exit.close()
 

@@ -11,15 +11,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from proteus_server import errors, service
+from proteus_server import arrivals, errors, service
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 _PREFIX = f"/{service.SERVICE_NAME}/"
-# health checks, reflection and refusals: never behind a full queue of decisions
-_CONTROL_THREADS = 8
+# health checks, reflection and refusals wait behind no decision
+_CONTROL_THREADS = 64
 _CONTROL_CALLS = 256
 _CHANNEL_OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -48,9 +48,11 @@ class GrpcioPlane:
         self._pool = _CountingPool(limit)
         self._service = router_service
         self._admission = _Admission(self._pool, limit, router_service)
+        # before the threads of either pool all wait
+        self._arrivals = arrivals.Arrivals(min(limit, _CONTROL_THREADS) // 2)
         self._server = grpc.server(
             self._control,
-            interceptors=(self._admission,),
+            interceptors=(self._arrivals, self._admission),
             options=(*_CHANNEL_OPTIONS, *_age_options(max_connection_age_s)),
             maximum_concurrent_rpcs=limit + _CONTROL_CALLS,
         )
@@ -65,6 +67,7 @@ class GrpcioPlane:
         return int(self._server.add_insecure_port(target))
 
     def start(self) -> None:
+        self._arrivals.start()
         self._server.start()
 
     def set_health(self, names: Sequence[str], status: int) -> None:
@@ -95,6 +98,7 @@ class GrpcioPlane:
 
     def stop(self, seconds: float) -> None:
         self._server.stop(seconds).wait()
+        self._arrivals.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._control.shutdown(wait=False, cancel_futures=True)
 
