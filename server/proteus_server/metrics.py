@@ -6,11 +6,15 @@ statuses of the contract, or it describes what is served now.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
+import logging
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +22,7 @@ from numpy.typing import NDArray
 from proteus_fast import __version__
 from proteus_fast.certificate import Status
 from proteus_server import address as addresses
+from proteus_server import errors, logs
 
 if TYPE_CHECKING:
     from proteus_server.control import Control
@@ -31,8 +36,12 @@ _PHASE_TEXT = {
 }
 # of the core's buckets, four an octave: more would be lines that nobody reads
 _BUCKETS_APART = 4
-# a peer that sends or reads slowly holds its thread no longer
+# from a connection's first byte to its last
 _PEER_S = 5.0
+_MOST_PEERS = 32
+_POLL_S = 0.1
+
+_log = logging.getLogger("proteus_server")
 
 Labels = Mapping[str, str]
 Times = Mapping[str, NDArray[np.uint64]]
@@ -190,7 +199,7 @@ class Endpoint:
                 return render(control, plane, data_plane)
 
         self._handler = Handler
-        self._server: http.server.ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> str:
@@ -202,15 +211,15 @@ class Endpoint:
         host, port = self._address.host, self._address.port
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
 
-        class HttpServer(http.server.ThreadingHTTPServer):
+        class Server(_Server):
             address_family = family
 
         try:
-            self._server = HttpServer((host, port), self._handler)
+            self._server = Server((host, port), self._handler)
         except OSError as error:
             raise OSError(f"metrics_address: cannot bind {self._address.target}: {error.strerror}") from None
         self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.1,), name="proteus-metrics", daemon=True
+            target=self._server.serve_forever, args=(_POLL_S,), name="proteus-metrics", daemon=True
         )
         self._thread.start()
         return addresses.Address(host, self._server.server_address[1], None).target
@@ -222,6 +231,7 @@ class Endpoint:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+        self._server.end_peers(0.0)
 
 
 def checked(address: str, *, insecure: bool) -> addresses.Address:
@@ -232,9 +242,57 @@ def checked(address: str, *, insecure: bool) -> addresses.Address:
     return found
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    timeout = _PEER_S
+class _Server(http.server.ThreadingHTTPServer):
+    """A bounded number of connections, each for a bounded time, of which none puts anything but a line into the log."""
 
+    request_queue_size = _MOST_PEERS
+
+    def __init__(self, *arguments: Any) -> None:
+        self._lock = threading.Lock()
+        self._peers: dict[Any, float] = {}
+        super().__init__(*arguments)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError:
+            # out of descriptors: the connection waits, and the loop would come back at once
+            time.sleep(_POLL_S)
+            raise
+
+    def verify_request(self, request: Any, _address: Any) -> bool:
+        with self._lock:
+            if len(self._peers) >= _MOST_PEERS:
+                return False
+            self._peers[request] = time.monotonic()
+        return True
+
+    def service_actions(self) -> None:
+        self.end_peers(_PEER_S)
+
+    def end_peers(self, older_s: float) -> None:
+        """End the connections that are as old; their threads end with them."""
+        now = time.monotonic()
+        # a thread that ends closes its descriptor only once it is not in here
+        with self._lock:
+            for peer, since in self._peers.items():
+                if now - since >= older_s:
+                    with contextlib.suppress(OSError):
+                        peer.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._peers.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, _request: Any, _address: Any) -> None:
+        error = sys.exc_info()[1]
+        # a peer that has gone away is no event
+        if error is not None and not isinstance(error, OSError):
+            logs.event(_log, logging.ERROR, "metrics", error=errors.describe(error))
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
     def text(self) -> str:
         raise NotImplementedError
 

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import logging
 import math
 import re
+import select
+import socket
+import socketserver
+import struct
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -167,6 +176,104 @@ def test_only_metrics_are_there(run: Running) -> None:
         assert error.value.code == 404
         assert CANARY not in error.value.read().decode()
         error.value.close()
+
+
+@pytest.fixture
+def endpoint(router: Router, socket_dir: Path) -> Iterator[Running]:
+    """Metrics of a server, whichever its data plane."""
+    server = app.Server(router, f"unix:{socket_dir}/s", app.Options(metrics_address="127.0.0.1:0"))
+    with server.running():
+        yield Running(server, None, None)  # type: ignore[arg-type]
+
+
+def connect(running: Running) -> socket.socket:
+    host, _, port = (running.server.metrics_address or "").rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=10.0)
+
+
+def peers_of(running: Running) -> Any:
+    return running.server._metrics._server._peers  # type: ignore[union-attr]
+
+
+def wait_until_gone(running: Running) -> None:
+    end = time.monotonic() + 10.0
+    while peers_of(running):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_slow_peers_are_few_and_have_their_end(endpoint: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_PEER_S", 60.0)
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(connect(endpoint)) for _ in range(40)]
+        end = time.monotonic() + 10.0
+        while len(ended := select.select(peers, [], [], 0.0)[0]) < 8:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        held = [peer for peer in peers if peer not in ended]
+        threads = [thread for thread in threading.enumerate() if "process_request" in thread.name]
+        assert len(threads) == len(peers_of(endpoint)) == len(held) == 32
+        for peer in held:
+            peer.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
+        # one that goes on sending has no more time than the others
+        end = time.monotonic() + 10.0
+        monkeypatch.setattr(metrics, "_PEER_S", 0.3)
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < end:
+                held[0].sendall(b"a")
+                time.sleep(0.01)
+        assert time.monotonic() < end
+        wait_until_gone(endpoint)
+    monkeypatch.undo()
+    assert endpoint.scrape()
+
+
+def test_a_peer_that_goes_away_is_no_event(
+    endpoint: Running, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(5):
+        with connect(endpoint) as peer:
+            peer.sendall(b"GET /met")
+            while not peers_of(endpoint):
+                time.sleep(0.001)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        wait_until_gone(endpoint)
+    assert caplog.records == []
+    assert capfd.readouterr().err == ""
+
+
+def test_a_mistake_is_one_line(
+    endpoint: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: Any) -> str:
+        raise KeyError(CANARY)
+
+    monkeypatch.setattr(metrics, "render", fail)
+    with pytest.raises(ConnectionError):
+        endpoint.text()
+    wait_until_gone(endpoint)
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.getMessage().startswith("metrics: error=type=KeyError frames=[")
+    assert CANARY not in caplog.text + capfd.readouterr().err
+
+
+def test_out_of_descriptors_the_loop_waits(endpoint: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def fail(_self: Any) -> Any:
+        tries.append(1)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(socketserver.TCPServer, "get_request", fail)
+        with connect(endpoint):
+            time.sleep(0.5)
+        assert 1 <= len(tries) <= 6
+    assert endpoint.scrape()
 
 
 def test_labels_are_escaped() -> None:
