@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -32,6 +33,8 @@ _log = logging.getLogger("proteus_server")
 _HEALTH_NAMES = (health.OVERALL_HEALTH, service.SERVICE_NAME)
 _HEALTH_PERIOD_S = 10.0
 _POLL_S = 0.02
+# of connections, at most: a table of the listener has a place for each
+_MAX_DESCRIPTORS = 65_536
 # calls that were on the wire when the drain began are still taken
 _ON_THE_WIRE_S = 0.1
 
@@ -274,6 +277,7 @@ def serve(
         return _fail(error, 1)
     from proteus_fast.router import Router
 
+    _raise_descriptors()
     with _Signals() as signals:
         logs.event(_log, logging.INFO, "start", version=__version__, checkpoint=checkpoint or "embedded")
         try:
@@ -316,6 +320,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m proteus_server", description="Serve a router over gRPC.")
     add_arguments(parser)
     return serve_from(parser.parse_args(argv))
+
+
+def _raise_descriptors() -> None:
+    """Let this process open as many files as it may, which is often far more than it is given at first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _fail(error: object, status: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import socket
 import subprocess
@@ -65,6 +66,18 @@ sys.exit(app.serve(None, "unix:{socket_dir}/s"))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=socket_dir, timeout=60.0, capture_output=True, text=True)
     assert (done.returncode, "stop" in done.stderr) == (0, True), done.stderr
+
+
+def test_descriptors_are_as_many_as_allowed(launch: Any, socket_dir: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (500, hard))
+    try:
+        process = launch("--address", f"unix:{socket_dir}/s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    process.address()
+    most = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    assert resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE) == (most, hard)
 
 
 def test_a_drain_loses_no_call(launch: Any, plane: str, socket_dir: Path) -> None:
