@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_reflection.v1alpha import reflection
 
+from proteus_fast.certificate import Status
 from proteus_server import address as addresses
 from proteus_server import arrivals, errors
 from proteus_server import proteus_pb2 as pb
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 SERVICE_NAME = "proteus.v1.AdminService"
 _MAX_CALLS = 32
 _TAUS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
-_STATUS_UNCERTIFIED = 3
 
 
 class AdminService:
@@ -170,7 +170,7 @@ def _reply(served: Generation) -> Message:
 
 def _target(served: Generation, tau: float) -> Message:
     if not served.certified:
-        return pb.Target(tau=tau, status=_STATUS_UNCERTIFIED)  # type: ignore[arg-type]
+        return pb.Target(tau=tau, status=int(Status.UNCERTIFIED))  # type: ignore[arg-type]
     found = served.router.feasibility(tau)
     return pb.Target(
         tau=tau,

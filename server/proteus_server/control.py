@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from proteus_fast._core import Batcher, Tally
 from proteus_fast.batcher import ALL_CANDIDATES, backend_options
+from proteus_fast.certificate import Status
 from proteus_fast.router import EMBEDDED, Router
 from proteus_server import logs
 from proteus_server import proteus_pb2 as pb
 
 _log = logging.getLogger("proteus_server")
-_PROBE_TEXT = "ready?"
-_STATUS_INVALID = 4
+PROBE_TEXT = "ready?"
+_MAX_PATH_BYTES = 4096
 # prices are float32 in the core
 _MAX_PRICE_USD = float(np.finfo(np.float32).max)
 
@@ -246,9 +247,9 @@ def check(router: Router) -> None:
     if router.checkpoint.config.encoder == "none":
         x = np.zeros((1, router.input_dim), np.float32)
     else:
-        x = router.encode([_PROBE_TEXT])
+        x = router.encode([PROBE_TEXT])
     batch = router.route_batch(x, 0.5)
-    if int(batch.status[0]) == _STATUS_INVALID:
+    if int(batch.status[0]) == Status.INVALID:
         raise RuntimeError("router: expected a decision, got none")
 
 

@@ -21,9 +21,11 @@ from google.rpc import code_pb2
 from numpy.typing import NDArray
 
 from proteus_fast.batcher import ALL_CANDIDATES
+from proteus_fast.certificate import Status
 from proteus_fast.checkpoint import SCHEMA
 from proteus_server import errors
 from proteus_server import proteus_pb2 as pb
+from proteus_server.control import PROBE_TEXT
 
 if TYPE_CHECKING:
     from proteus_fast.certificate import Guarantee, Mode
@@ -36,10 +38,7 @@ MAX_MESSAGE_BYTES = 8 << 20
 MAX_BATCH_ROWS = 65_536
 # a call without a deadline shows as one that is centuries away
 _NO_DEADLINE_S = 1e6
-_HEALTH_TEXT = "ready?"
 _FLOAT_BYTES = 4
-_STATUS_INFEASIBLE = 2
-_STATUS_INVALID = 4
 _MODES: dict[int, Mode | None] = {0: None, 1: "dual", 2: "policy"}
 _GUARANTEES: dict[int, Guarantee] = {0: "certified", 1: "certified", 2: "calibrated"}
 
@@ -132,11 +131,11 @@ class RouterService:
             RuntimeError: the decision is not a valid one; QueueFullError and TimeoutError as the batcher raises them.
         """
         served = self._generation
-        texts = [_HEALTH_TEXT] if served.takes_text else None
+        texts = [PROBE_TEXT] if served.takes_text else None
         x = None if served.takes_text else np.zeros((1, served.input_dim), np.float32)
         result = served.batcher.route(texts, x, 0.5, available=ALL_CANDIDATES, deadline_s=5.0)
         choice, status = int(result.choice[0]), int(result.status[0])
-        if not 0 <= choice < len(served.names) or status == _STATUS_INVALID:
+        if not 0 <= choice < len(served.names) or status == Status.INVALID:
             raise RuntimeError(f"router: expected a decision, got choice {choice} with status {status}")
 
     def _handler(self, method: str, pool: futures.ThreadPoolExecutor) -> grpc.RpcMethodHandler:
@@ -193,11 +192,11 @@ class RouterService:
             texts, x, request.tau, mode=mode, guarantee=guarantee, available=available, deadline_s=remaining_s
         )
         choice, status = int(result.choice[0]), int(result.status[0])
-        if status == _STATUS_INVALID:
+        if status == Status.INVALID:
             if x is not None and not np.isfinite(x).all():
                 raise errors.invalid([("embedding", "expected finite values, got NaN or infinity")])
             raise _no_candidate()
-        if request.strict and status == _STATUS_INFEASIBLE:
+        if request.strict and status == Status.INFEASIBLE:
             raise _infeasible(request.tau, 1, _tau_max(served, mode, guarantee))
         floor = float(result.certified_floor[0])
         return pb.RouteReply(
@@ -335,7 +334,7 @@ def _check_strict(
     tau_max: float | None,
 ) -> None:
     """Refuse a batch with an INVALID row, which is named, or with an INFEASIBLE one."""
-    invalid = np.flatnonzero(status == _STATUS_INVALID)
+    invalid = np.flatnonzero(status == Status.INVALID)
     if invalid.size:
         row = int(invalid[0])
         if not 0.0 <= tau[row] <= 1.0:
@@ -343,7 +342,7 @@ def _check_strict(
         if x is not None and not np.isfinite(x[row]).all():
             raise errors.invalid([(f"embeddings[{row}]", "expected finite values, got NaN or infinity")])
         raise _no_candidate()
-    infeasible = np.flatnonzero(status == _STATUS_INFEASIBLE)
+    infeasible = np.flatnonzero(status == Status.INFEASIBLE)
     if infeasible.size:
         raise _infeasible(float(tau[infeasible[0]]), infeasible.size, tau_max)
 
