@@ -263,8 +263,9 @@ class Client:
 
     def healthy(self, *, timeout_s: float | None = None) -> bool:
         """Whether the server answers and says that its router is ready."""
+        timeout = self._timeout_s if timeout_s is None else timeout_s
         try:
-            reply = self._check(health_pb2.HealthCheckRequest(service=_SERVICE), timeout=timeout_s or self._timeout_s)
+            reply = self._check(health_pb2.HealthCheckRequest(service=_SERVICE), timeout=timeout)
         except grpc.RpcError:
             return False
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)

@@ -186,6 +186,21 @@ def test_a_mistake_of_the_server_has_a_reference(held_server: Any) -> None:
         client.route("q", tau=0.5)
 
 
+def test_no_time_is_not_the_client_s_own(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    check = client._check
+
+    def spy(request: Any, *, timeout: float) -> Any:
+        seen.append(timeout)
+        return check(request, timeout=timeout)
+
+    monkeypatch.setattr(client, "_check", spy)
+    client.healthy(timeout_s=0.0)
+    assert client.healthy(timeout_s=5.0)
+    assert client.healthy()
+    assert seen == [0.0, 5.0, 20.0]
+
+
 def test_no_server_is_a_connection_error(socket_dir: Path) -> None:
     with Client(f"unix:{socket_dir}/none") as client:
         assert not client.healthy()
