@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 import secrets
 import sys
 import time
@@ -23,6 +24,8 @@ from proteus_server import proteus_pb2 as pb
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("text", "json")
 _REQUESTS: dict[str, type[Message]] = {"Route": pb.RouteRequest, "RouteBatch": pb.RouteBatchRequest}
+# line and paragraph separators among them: what some programs end a line at
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _access = logging.getLogger("proteus_server.access")
 
 
@@ -52,17 +55,33 @@ class JsonFormatter(logging.Formatter):
             line["message"] = record.getMessage()
         else:
             line |= getattr(record, "fields", {})
-        if record.exc_info and record.exc_info[1] is not None:
-            # its text could be a prompt
-            line["exception"] = errors.describe(record.exc_info[1])
+        exception = _exception(record)
+        if exception is not None:
+            line["exception"] = exception
         return json.dumps(line, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """One line of text for a record: time, level, logger, message. Control characters are escaped as in Python."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{self.formatTime(record)} {record.levelname} {record.name}: {record.getMessage()}"
+        exception = _exception(record)
+        if exception is not None:
+            line += f" exception: {exception}"
+        return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), line)
+
+
+def _exception(record: logging.LogRecord) -> str | None:
+    """The record's exception without its text, which could be a prompt."""
+    error = record.exc_info[1] if record.exc_info else None
+    return None if error is None else errors.describe(error)
 
 
 def configure(level: str, style: str) -> None:
     """Log to standard error from `level` on, as `text` or `json`."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(JsonFormatter() if style == "json" else text)
+    handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 

@@ -117,6 +117,22 @@ def test_internal_errors_have_their_reference(caplog: pytest.LogCaptureFixture) 
     assert CANARY not in json.dumps(line)
 
 
+def test_an_event_is_one_line_of_text() -> None:
+    record = logging.LogRecord("proteus_server", logging.INFO, "f.py", 1, "%s: %s", ("reload", "path=a"), None)
+    line = logs.TextFormatter().format(record)
+    assert line.endswith(" INFO proteus_server: reload: path=a")
+    record.args = "reload", "path=\\x\nb\r\x1b[2J\0\x85\u2028é"
+    assert logs.TextFormatter().format(record).endswith(r": reload: path=\x\nb\r\x1b[2J\x00\x85\u2028é")
+    try:
+        raise ValueError(CANARY)
+    except ValueError as error:
+        record.exc_info = (ValueError, error, error.__traceback__)
+    line = logs.TextFormatter().format(record)
+    assert " exception: type=ValueError frames=[" in line
+    assert "\n" not in line
+    assert CANARY not in line
+
+
 def test_what_libraries_say() -> None:
     record = logging.LogRecord("grpc", logging.ERROR, "f.py", 1, "it %s", ("broke\nhere",), None)
     try:
