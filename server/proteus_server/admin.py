@@ -72,7 +72,7 @@ class AdminService:
         except PermissionError as error:
             raise errors.invalid([_field(error)]) from None
         except (ValueError, OSError, ImportError, RuntimeError) as error:
-            raise errors.precondition("CHECKPOINT", str(error)) from None
+            raise errors.precondition("CHECKPOINT", errors.shortened(str(error))) from None
 
     def _set_prices(self, request: pb.SetPricesRequest) -> Message:
         with _invalid("price_usd_per_query"):

@@ -18,7 +18,7 @@ from proteus_fast._core import Batcher, Tally
 from proteus_fast.batcher import ALL_CANDIDATES, backend_options
 from proteus_fast.certificate import Status
 from proteus_fast.router import EMBEDDED, Router
-from proteus_server import logs
+from proteus_server import errors, logs
 from proteus_server import proteus_pb2 as pb
 
 _log = logging.getLogger("proteus_server")
@@ -123,7 +123,7 @@ class Control:
             path: inside the root, relative to it or absolute, links followed; empty: what the server was started with.
 
         Raises:
-            PermissionError: a path that the operator has not allowed.
+            PermissionError: a path that the operator has not allowed, or that no path is.
             ValueError, OSError, ImportError, RuntimeError: the checkpoint does not load, or makes no decision.
         """
         with self._change("reload") as done, self._loading:
@@ -184,6 +184,11 @@ class Control:
         start, encoder = self._start
         if not path:
             return EMBEDDED if start is None else Path(start), encoder
+        size = len(path.encode())
+        if size > _MAX_PATH_BYTES:
+            raise PermissionError(f"path: expected at most {_MAX_PATH_BYTES} bytes, got {size}")
+        if logs.CONTROL.search(path):
+            raise PermissionError("path: expected no control characters, got some")
         if self._root is None:
             raise PermissionError("path: expected none (the server has no --checkpoint-root), got one")
         folder = (self._root / path).resolve()
@@ -226,7 +231,7 @@ class Control:
             self._count(kind, "refused")
             # of this package's checks, which an operator's values go through, never a prompt
             is_ours = isinstance(error, ValueError | OSError | ImportError | RuntimeError)
-            reason = str(error) if is_ours else type(error).__name__
+            reason = errors.shortened(str(error)) if is_ours else type(error).__name__
             logs.event(_log, logging.WARNING, kind, outcome="refused", reason=reason)
             raise
         self._count(kind, "done")

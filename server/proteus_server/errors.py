@@ -24,6 +24,7 @@ DOMAIN = "proteus.v1"
 RETRY_AFTER_S = 0.1
 # an error travels twice in the trailing metadata, of which many peers take 8 KiB at most
 _MOST_VIOLATIONS = 16
+_MOST_TEXT = 512
 
 _EXCEPTIONS: dict[grpc.StatusCode, type[Exception]] = {
     grpc.StatusCode.INVALID_ARGUMENT: ValueError,
@@ -140,6 +141,11 @@ def exception_of(error: grpc.RpcError) -> Exception:
         return ValueError(f"request: {text}") if "larger than max" in text else QueueFullError(text)
     kind = _EXCEPTIONS.get(code)
     return RuntimeError(f"{code.name}: {text}") if kind is None else kind(text)
+
+
+def shortened(text: str) -> str:
+    """The text, cut off where it is too long for an error or a line of the log."""
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}... ({len(text)} characters)"
 
 
 def describe(error: BaseException) -> str:

@@ -218,6 +218,42 @@ def test_what_is_not_loaded(run: Running, root: Path, tmp_path: Path, plane: str
     assert run.server.control.changes == {("reload", "refused"): 1}
 
 
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("a" * 4097, "path: expected at most 4096 bytes, got 4097"),
+        ("é" * 2049, "path: expected at most 4096 bytes, got 4098"),
+        ("a\nb", "path: expected no control characters, got some"),
+        ("a\0", "path: expected no control characters, got some"),
+        ("a\x1b[2J", "path: expected no control characters, got some"),
+    ],
+)
+def test_what_is_no_path(run: Running, path: str, text: str) -> None:
+    answer = run.refused("Reload", pb.ReloadRequest(path=path))
+    assert (answer.code, answer.text, answer.fields) == (grpc.StatusCode.INVALID_ARGUMENT, text, ["path"])
+
+
+def test_a_long_path_makes_no_long_line(run: Running, caplog: pytest.LogCaptureFixture) -> None:
+    answer = run.refused("Reload", pb.ReloadRequest(path="a/" * 2048))
+    assert answer.code is grpc.StatusCode.FAILED_PRECONDITION
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "proteus_server"]
+    assert len(line) < 700
+    assert len(answer.text) < 700
+
+
+def test_a_change_that_a_follower_refuses_is_none(run: Running) -> None:
+    def fail(_generation: Any) -> Any:
+        raise ValueError("price: expected another")
+
+    run.server.control._followers.append(fail)
+    assert run.refused("SetPrices", pb.SetPricesRequest(price_usd_per_query={"model-0": 1.0})).fields != []
+    # both who decides and who tells of it
+    assert run.client.route("x", tau=0.4).versions.generation == run.client.info().versions.generation == 1
+    run.server.control._followers.remove(fail)
+    assert run.set_prices(model_0=1.0).versions.generation == 2
+    assert run.client.route("x", tau=0.4).versions.generation == run.client.info().versions.generation == 2
+
+
 def test_without_a_root_only_the_start_is_read_again(router: Router, wire_to_address: Any, socket_dir: Path) -> None:
     options = app.Options(admin_address="localhost:0")
     server = app.Server(router, f"unix:{socket_dir}/s", options)
