@@ -92,8 +92,9 @@ class Server:
             else grpcio_plane.GrpcioPlane(self._service, limit, options.max_connection_age)
         )
         # what a listener hands over to Python finds the new generation there
-        self.control.follow(self._service.swap)
-        self.control.follow(self._plane.swap)
+        self.control.follow(self._service.prepare)
+        if isinstance(self._plane, native.NativePlane):
+            self.control.follow(self._plane.prepare)
         self._admin = (
             None if options.admin_address is None else admin.AdminServer(self.control, options.admin_address, plane)
         )

@@ -104,15 +104,18 @@ class Control:
         self._loading = threading.Lock()
         self._changing = threading.Lock()
         self._counting = threading.Lock()
-        self._followers: list[Callable[[Generation], None]] = []
+        self._followers: list[Callable[[Generation], Callable[[], None]]] = []
         # by names: counts go on where a router of the same pool follows
         self._tallies: dict[tuple[str, ...], Tally] = {}
         self.changes: Counter[tuple[str, str]] = Counter()
         self.generation = self._make(router, 1, router.pool.price_usd, ALL_CANDIDATES)
 
-    def follow(self, swap: Callable[[Generation], None]) -> None:
-        """Call `swap` with each generation from now on."""
-        self._followers.append(swap)
+    def follow(self, prepare: Callable[[Generation], Callable[[], None]]) -> None:
+        """Call `prepare` with each generation from now on, and what it returns once all followers are prepared.
+
+        What can fail belongs into `prepare`: then nothing is changed anywhere.
+        """
+        self._followers.append(prepare)
 
     def reload(self, path: str) -> Generation:
         """Load, check and serve a checkpoint. Nothing of it runs where calls are answered, but for the exchange.
@@ -215,9 +218,10 @@ class Control:
         old = self.generation
         # counts go on where the old one's are
         made = self._make(router, old.number + 1, price_usd, available, before=old.batcher)
+        swaps = [prepare(made) for prepare in self._followers]
         self.generation = made
-        for swap in self._followers:
-            swap(made)
+        for swap in swaps:
+            swap()
         done.update(logs.versions(made.versions), certified=made.certified)
         return made
 

@@ -90,9 +90,6 @@ class GrpcioPlane:
         """None: the batcher has them all."""
         return None
 
-    def swap(self, generation: object) -> None:
-        """Nothing: the service has it."""
-
     def refuse_new(self) -> None:
         self._admission.draining = True
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from google.rpc import code_pb2
@@ -143,11 +143,16 @@ class NativePlane:
             if self._listener is not None:
                 self._listener.set_health(name, status)
 
-    def swap(self, generation: Generation) -> None:
-        """Decide by another generation from the next read on; each reply names the versions that made it."""
-        self._served = served(generation)
-        if self._listener is not None:
-            self._listener.swap(self._served)
+    def prepare(self, generation: Generation) -> Callable[[], None]:
+        """What makes the listener decide by another generation from the next read on."""
+        made = served(generation)
+
+        def swap() -> None:
+            self._served = made
+            if self._listener is not None:
+                self._listener.swap(made)
+
+        return swap
 
     @property
     def pending(self) -> int:

@@ -64,7 +64,7 @@ class RouterService:
         data_plane: str = "grpcio",
         access_log: AccessLog | None = None,
     ) -> None:
-        """Serve `generation`, until `swap`.
+        """Serve `generation`, until another is swapped in.
 
         Args:
             workers: calls that are worked on at once. queue_calls, data_plane: only reported.
@@ -85,9 +85,13 @@ class RouterService:
             "GetInfo": self._get_info,
         }
 
-    def swap(self, generation: Generation) -> None:
-        """Answer the next calls by another generation; each call takes the present one once."""
-        self._generation = generation
+    def prepare(self, generation: Generation) -> Callable[[], None]:
+        """What makes the next calls be answered by another generation; each call takes the present one once."""
+
+        def swap() -> None:
+            self._generation = generation
+
+        return swap
 
     def count(self, method: str, code: int) -> None:
         """Count a call of one of METHODS that was answered with this status."""

@@ -172,7 +172,7 @@ def test_a_swap_takes_effect_and_versions_explain_scores(
     seen: dict[str, int] = {}
     with wire_to(server) as wire:
         for i in range(400):
-            plane.swap(generations[i % 2])
+            plane.prepare(generations[i % 2])()
             reply = pb.RouteReply.FromString(wire.call("Route", pb.RouteRequest(text="q", tau=0.4)).reply)
             decision = expected[reply.versions.certificate]
             assert (reply.score, reply.status) == (decision.score, decision.status)
