@@ -109,6 +109,13 @@ class RouterService:
 
     def answer(self, method: str, request: bytes, context: Context) -> bytes | errors.Refusal:
         """The reply of one of METHODS, or a refusal of the error table: nothing of an exception leaks."""
+        try:
+            return self._answer(method, request, context)
+        except Exception as error:
+            # of a count or of the access log
+            return errors.refusal_of(error, method, draining=self.draining)
+
+    def _answer(self, method: str, request: bytes, context: Context) -> bytes | errors.Refusal:
         started = time.monotonic()
         result: bytes | errors.Refusal
         reply: Message | None = None

@@ -238,6 +238,25 @@ def test_an_exception_s_text_reaches_nobody(
     assert wire.works()
 
 
+def test_a_log_that_fails_ends_no_thread(
+    router: Any, plane: str, socket_dir: Any, wire_to: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError(CANARY)
+
+    options = app.Options(data_plane=plane, workers=2, access_log_sample=1.0)
+    server = app.Server(router, f"unix:{socket_dir}/s", options)
+    with wire_to(server) as wire:
+        with monkeypatch.context() as patch:
+            patch.setattr(server._service._access_log, "call", fail)
+            for _ in range(5):
+                answer = wire.call("GetInfo", timeout=5.0)
+                assert answer.code is grpc.StatusCode.INTERNAL
+                assert answer.text.startswith("internal error, reference ")
+                assert CANARY not in answer.text + answer.metadata
+        assert wire.call("GetInfo").code is grpc.StatusCode.OK
+
+
 def test_no_prompt_is_in_the_log_of_any_call(
     held_server: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
