@@ -36,6 +36,7 @@ SERVICE_NAME = "proteus.v1.RouterService"
 METHODS = ("Route", "RouteBatch", "Explain", "ReportOutcome", "GetInfo")
 MAX_MESSAGE_BYTES = 8 << 20
 MAX_BATCH_ROWS = 65_536
+MAX_AVAILABLE = 4096
 # a call without a deadline shows as one that is centuries away
 _NO_DEADLINE_S = 1e6
 _FLOAT_BYTES = 4
@@ -301,8 +302,12 @@ def _options(
     served: Generation, violations: _Violations, request: pb.RouteRequest | pb.RouteBatchRequest
 ) -> tuple[int, Mode | None, Guarantee]:
     """The bit mask of `available`, the mode and the guarantee."""
-    available = 0 if request.available else ALL_CANDIDATES
-    for index, name in enumerate(request.available):
+    names: Sequence[str] = request.available
+    if len(names) > MAX_AVAILABLE:
+        violations.append(("available", f"expected at most {MAX_AVAILABLE} names, got {len(names)}"))
+        names = ()
+    available = 0 if names else ALL_CANDIDATES
+    for index, name in enumerate(names):
         bit = served.bit.get(name)
         if bit is None:
             violations.append((f"available[{index}]", "expected a candidate of the pool, got an unknown name"))

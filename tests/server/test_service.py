@@ -68,6 +68,25 @@ def test_a_named_twice_candidate_counts_once(wire: Any, router: Router) -> None:
     assert (reply.candidate, reply.status, list(reply.fallbacks)) == (name, pb.UNCERTIFIED, [])
 
 
+@pytest.mark.parametrize("method", ["Route", "RouteBatch"])
+def test_names_are_bounded(router: Router, wire_to: Any, socket_dir: Path, method: str) -> None:
+    name = router.pool.names[0]
+
+    def request(*names: str) -> Any:
+        if method == "Route":
+            return pb.RouteRequest(text="q", tau=0.5, available=names)
+        return pb.RouteBatchRequest(texts=["q"], tau=[0.5], available=names)
+
+    with wire_to(app.Server(router, f"unix:{socket_dir}/s", app.Options(data_plane="grpcio"))) as wire:
+        assert wire.call(method, request(*[name] * 4096)).code is grpc.StatusCode.OK
+        answer = wire.call(method, request(*[name, "no-such"] * 2048, name))
+        assert (answer.code, answer.text) == (
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "available: expected at most 4096 names, got 4097",
+        )
+        assert answer.fields == ["available"]
+
+
 def test_an_embedding_is_decided_as_its_text(wire: Any, router: Router) -> None:
     for text in TEXTS:
         embedding = router.encode([text])[0].astype("<f4").tobytes()
