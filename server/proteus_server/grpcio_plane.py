@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PREFIX = f"/{service.SERVICE_NAME}/"
-# health checks, reflection and refusals wait behind no decision
-_CONTROL_THREADS = 64
+# health checks, reflection and refusals: each with a thread, so that they wait behind nobody
 _CONTROL_CALLS = 256
+_MOST_ARRIVING = 32
 _CHANNEL_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", service.MAX_MESSAGE_BYTES),
@@ -43,13 +43,13 @@ class GrpcioPlane:
     """Threads for calls, and grpcio's server in front of them."""
 
     def __init__(self, router_service: service.RouterService, limit: int, max_connection_age_s: float = 0.0) -> None:
-        self._control = futures.ThreadPoolExecutor(_CONTROL_THREADS, "proteus-control")
+        self._control = futures.ThreadPoolExecutor(_CONTROL_CALLS, "proteus-control")
         # a thread for each call that is in: those that wait, for their request or for a place, cost no time
         self._pool = _CountingPool(limit)
         self._service = router_service
         self._admission = _Admission(self._pool, limit, router_service)
-        # before the threads of either pool all wait
-        self._arrivals = arrivals.Arrivals(min(limit, _CONTROL_THREADS) // 2)
+        # before they have taken all places
+        self._arrivals = arrivals.Arrivals(min(limit // 2, _MOST_ARRIVING))
         self._server = grpc.server(
             self._control,
             interceptors=(self._arrivals, self._admission),
@@ -158,11 +158,11 @@ class _Admission(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 def _refuse_with(refusal: errors.Refusal) -> grpc.RpcMethodHandler:
-    """A handler that refuses every call; it runs in the control pool."""
+    """A handler that refuses every call without waiting for its request; it runs in the control pool."""
     status = errors.to_grpc(refusal)
 
-    def handler(_request: bytes, context: grpc.ServicerContext) -> bytes:
+    def handler(_requests: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         context.abort_with_status(status)
         raise AssertionError  # abort has raised
 
-    return grpc.unary_unary_rpc_method_handler(handler)
+    return grpc.stream_unary_rpc_method_handler(handler)
