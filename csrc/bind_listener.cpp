@@ -170,6 +170,7 @@ py::dict stats(const Listener& listener) {
     out["refused_connections"] = counts.refused_connections;
     out["forwarded"] = counts.forwarded;
     out["waiting"] = counts.waiting;
+    out["cut_off"] = counts.cut_off;
     return out;
 }
 

@@ -25,10 +25,11 @@ struct ListenerOptions {
     std::size_t max_rows = 65'536;    // of batches at work
     std::size_t max_forwarded = 264;  // calls that wait for Python or are with it
     std::chrono::milliseconds handshake{10'000};
-    std::chrono::milliseconds idle{600'000};      // without a call
-    std::chrono::milliseconds stalled{20'000};    // of a peer that does not read
-    std::chrono::milliseconds keepalive{60'000};  // silence with a call open, before a ping
-    std::chrono::milliseconds age{0};             // of a connection; 0: any
+    std::chrono::milliseconds idle{600'000};        // without a call
+    std::chrono::milliseconds replaceable{10'000};  // without a call, where there is no place
+    std::chrono::milliseconds stalled{20'000};      // of a peer that does not read
+    std::chrono::milliseconds keepalive{60'000};    // silence with a call open, before a ping
+    std::chrono::milliseconds age{0};               // of a connection; 0: any
     std::chrono::milliseconds age_grace{10'000};
 };
 
@@ -39,6 +40,7 @@ struct ListenerStats {
     std::uint64_t refused_connections = 0;
     std::uint64_t forwarded = 0;
     std::uint64_t waiting = 0;  // batches at work and calls with Python now
+    std::uint64_t cut_off = 0;  // calls that a drain has ended
 };
 
 // Of all threads.
@@ -74,7 +76,6 @@ class ListenerState {
     ListenerState(std::shared_ptr<const Served> served, std::size_t max_forwarded)
         : forwarder(max_forwarded), served_(std::move(served)) {}
 
-    std::shared_ptr<const Served> served() const;
     void swap(std::shared_ptr<const Served> served);
     // Replaces `held` where it is not the present one; costs one load where it is.
     void refresh(std::shared_ptr<const Served>& held, std::uint64_t& generation) const;

@@ -56,14 +56,14 @@ bool Decider::route_batch(const std::shared_ptr<const Served>& served, Call& cal
         session.refuse(call, no_message("RouteBatchRequest", call.message.size()));
         return true;
     }
-    if ((!request.texts.empty() && !served->decides_text) ||
+    if ((request.texts.count && !served->decides_text) ||
         (!request.embeddings.empty() && !served->decides_embedding))
         return false;
     Violations violations;
-    std::size_t rows = request.texts.size();
-    if (!request.texts.empty() && !request.embeddings.empty()) {
+    std::size_t rows = request.texts.count;
+    if (request.texts.count && !request.embeddings.empty()) {
         violations.add("texts", "expected texts or embeddings, got both");
-    } else if (!request.texts.empty()) {
+    } else if (request.texts.count) {
         if (request.rows != 0 && request.rows != rows)
             violations.add("rows", "expected " + text_of(rows) + " as there are texts, got " +
                                        text_of(request.rows));
@@ -138,11 +138,11 @@ bool Decider::step(Job& job, Clock::time_point until) {
     job.x.resize(slice * job.width());
     for (std::size_t end = job.decided + slice; job.encoded < end; ++job.encoded) {
         float* x = job.x.data() + (job.encoded - job.decided) * job.width();
-        if (job.request.texts.empty()) {
+        if (!job.request.texts.count) {
             std::memcpy(x, job.embedding(job.encoded).data(), job.width() * sizeof(float));
             continue;
         }
-        job.served->snapshot->options.encoder->encode(job.request.texts[job.encoded], x);
+        job.served->snapshot->options.encoder->encode(job.request.texts.kept[job.encoded], x);
         if (job.encoded % 4 == 3 && Clock::now() >= until) {
             ++job.encoded;
             break;
@@ -197,7 +197,7 @@ std::optional<Refusal> Decider::Job::check_strict() const {
     if (const std::size_t row = find(Status::kInvalid); row < rows) {
         const std::string place = "[" + text_of(row) + "]";
         if (!in_range(tau(row))) return invalid("tau" + place, outside(tau(row)));
-        if (request.texts.empty() && !all_finite(embedding(row)))
+        if (!request.texts.count && !all_finite(embedding(row)))
             return invalid("embeddings" + place, "expected finite values, got NaN or infinity");
         return no_candidate();
     }

@@ -67,8 +67,8 @@ bool Decider::route(const std::shared_ptr<const Served>& served, Call& call) {
     }
     const Options options =
         take_options(*served, request.available, request.mode, request.guarantee, violations);
-    // one request with millions of names must not keep its memory
-    if (request.available.capacity() > kMaxCandidates) request.available = {};
+    // one request with many names must not keep its memory
+    if (request.available.kept.capacity() > kMaxCandidates) request.available = {};
     if (violations.size()) {
         session.refuse(call, invalid(violations));
     } else if (turn_away(call.arrived)) {

@@ -1,5 +1,6 @@
 #include "listener_loop.hpp"
 
+#include <malloc.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/epoll.h>
@@ -9,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <system_error>
+#include <utility>
 
 namespace proteus {
 namespace {
@@ -20,13 +22,13 @@ constexpr std::size_t kReadBytes = 64 << 10;
 // in the socket.
 constexpr int kReadsAtOnce = 8;
 constexpr std::size_t kWriteBytes = 128 << 10;
-// A peer that does not read while this much waits for it is not read either.
-constexpr std::size_t kBackpressureBytes = 4 << 20;
 constexpr int kAcceptsAtOnce = 64;
 constexpr auto kBatchBudget = 500us;
 constexpr auto kSweepPeriod = 500ms;
 constexpr auto kPingGrace = 20s;
 constexpr auto kLinger = 200ms;
+constexpr auto kTrimPeriod = 5s;
+constexpr std::size_t kTrimBytes = 4 << 20;
 
 constexpr std::uint64_t kEvent = ~std::uint64_t{0};
 constexpr std::uint64_t kSocket = std::uint64_t{1} << 63;
@@ -47,8 +49,7 @@ struct ListenerLoop::Connection {
     std::size_t sent = 0;
     std::uint32_t events = 0;
     bool is_touched = false;
-    bool is_going = false;  // GOAWAY is said
-    bool is_shut = false;   // nothing more is sent
+    bool is_shut = false;  // nothing more is sent
     bool is_pinged = false;
     Clock::time_point opened;
     Clock::time_point heard;     // the last bytes from the peer
@@ -71,7 +72,7 @@ ListenerLoop::ListenerLoop(ListenerState& state, const std::vector<int>& sockets
     event.data.u64 = kEvent;
     epoll_ctl(epoll_, EPOLL_CTL_ADD, mailbox_->event(), &event);
     listen(true);
-    now = swept_ = Clock::now();
+    now = swept_ = trimmed_ = Clock::now();
 }
 
 ListenerLoop::~ListenerLoop() {
@@ -95,7 +96,8 @@ void ListenerLoop::listen(bool on) {
 void ListenerLoop::run() {
     for (;;) {
         wait(decider_.batches() ? 0 : is_stopping_ ? 10 : 500);
-        decider_.decide_routes(*served_, now);
+        recent_peak_ = std::max(recent_peak_, kept_bytes);
+        decider_.decide_routes(*served_, Clock::now());
         // counts before answers: a caller who has one sees it counted
         publish();
         flush_touched();
@@ -146,12 +148,14 @@ void ListenerLoop::accept(int socket) {
     for (int i = 0; i < kAcceptsAtOnce; ++i) {
         const int fd = accept4(socket, nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0) {
+            const bool is_out = errno == EMFILE || errno == ENFILE;
+            if (is_out && make_room()) continue;
             // out of descriptors or memory: the sweep tries again
             if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) listen(false);
             return;
         }
         Seat& seat = state_.lightest(seat_);
-        if (seat.connections >= options_.connections) {
+        if (seat.connections >= options_.connections && !(&seat == &seat_ && make_room())) {
             ++counts_.refused_connections;
             ::close(fd);
         } else if (&seat == &seat_) {
@@ -161,6 +165,22 @@ void ListenerLoop::accept(int socket) {
             seat.give(fd);
         }
     }
+}
+
+// Closes the connection that has been without a call for longest; false where all are in use.
+bool ListenerLoop::make_room() {
+    Connection* oldest = nullptr;
+    for (const auto& connection : connections_) {
+        if (!connection || connection->session.calls()) continue;
+        if (!oldest || connection->session.idle_since() < oldest->session.idle_since())
+            oldest = connection.get();
+    }
+    if (!oldest || now - oldest->session.idle_since() < options_.replaceable) return false;
+    oldest->session.go_away();
+    const auto fd = static_cast<std::size_t>(oldest->fd);
+    flush(*oldest);
+    if (connections_[fd]) close(*connections_[fd]);
+    return true;
 }
 
 void ListenerLoop::adopt(int fd) {
@@ -194,9 +214,7 @@ void ListenerLoop::read(Connection& connection) {
         if (!connection.session.receive(buffer_.data(), static_cast<std::size_t>(size)))
             return close(connection);
         // backpressure, and a read that has emptied the socket
-        if (connection.session.kept_bytes() > kBackpressureBytes ||
-            static_cast<std::size_t>(size) < buffer_.size())
-            return;
+        if (connection.session.is_full() || static_cast<std::size_t>(size) < buffer_.size()) return;
     }
 }
 
@@ -229,8 +247,7 @@ void ListenerLoop::flush(Connection& connection) {
 }
 
 void ListenerLoop::set_events(Connection& connection) {
-    const bool is_full =
-        connection.has_unsent() && connection.session.kept_bytes() > kBackpressureBytes;
+    const bool is_full = connection.has_unsent() && connection.session.is_full();
     const std::uint32_t events =
         (is_full ? 0u : static_cast<std::uint32_t>(EPOLLIN)) |
         (connection.has_unsent() ? static_cast<std::uint32_t>(EPOLLOUT) : 0u);
@@ -271,7 +288,10 @@ void ListenerLoop::close(Connection& connection) {
 
 void ListenerLoop::arrived(Call& call) {
     using Kind = Method::Kind;
-    if (call.deadline <= now) return call.session->refuse(call, deadline_exceeded());
+    if (call.deadline <= now) {
+        ++expired;
+        return call.session->refuse(call, deadline_exceeded());
+    }
     switch (call.method->second.kind) {
         case Kind::kRoute:
             if (!decider_.route(served_, call)) forward(call);
@@ -350,6 +370,21 @@ void ListenerLoop::sweep() {
     for (std::size_t fd = 0; fd < connections_.size(); ++fd)
         if (connections_[fd]) sweep(*connections_[fd]);
     flush_touched();
+    trim();
+}
+
+// Gives back what a peak has taken: the allocator keeps it for itself, as long as it likes.
+void ListenerLoop::trim() {
+    if (now - trimmed_ < kTrimPeriod) return;
+    trimmed_ = now;
+    const std::size_t recent = std::exchange(recent_peak_, kept_bytes);
+    if (peak_ > kTrimBytes && recent < peak_ / 4) {
+        peak_ = 0;
+#ifdef __GLIBC__
+        malloc_trim(0);
+#endif
+    }
+    peak_ = std::max(peak_, recent);
 }
 
 void ListenerLoop::sweep(Connection& connection) {
@@ -365,9 +400,9 @@ void ListenerLoop::sweep(Connection& connection) {
         (session.calls() && silent > options_.keepalive + kPingGrace);
     if (is_late) return close(connection);
     session.sweep();
+    if (!session.calls() && !connection.has_unsent()) std::string().swap(connection.out);
     const bool is_old = options_.age.count() > 0 && now - connection.opened > options_.age;
-    const bool is_idle =
-        !session.calls() && std::min(silent, now - connection.advanced) > options_.idle;
+    const bool is_idle = !session.calls() && now - session.idle_since() > options_.idle;
     if (is_old && now - connection.opened > options_.age + options_.age_grace)
         session.refuse_all(unavailable());
     if (is_old || is_idle) session.go_away();
@@ -398,7 +433,8 @@ bool ListenerLoop::go_on_stopping() {
     const bool is_over = now >= end;
     if (is_over) {
         for (const auto& connection : connections_)
-            if (connection) connection->session.refuse_all(unavailable());
+            if (connection) counts_.cut_off += connection->session.refuse_all(unavailable());
+        publish();
         flush_touched();
     }
     for (std::size_t fd = 0; fd < connections_.size(); ++fd) {
@@ -412,7 +448,8 @@ bool ListenerLoop::go_on_stopping() {
 
 void ListenerLoop::publish() {
     counts_.decide = decider_.stats();
-    counts_.decide.rejected += not_forwarded_;
+    counts_.decide.rejected += not_forwarded_ + shed_late;
+    counts_.decide.expired += expired;
     counts_.waiting = decider_.batches();
     const std::lock_guard lock(stats_mutex_);
     published_ = counts_;

@@ -41,6 +41,7 @@ class ListenerLoop final : public Host {
     void wait(int timeout_ms);
     void accept(int socket);
     void adopt(int fd);
+    bool make_room();
     void read(Connection& connection);
     void flush(Connection& connection);
     void flush_touched();
@@ -55,6 +56,7 @@ class ListenerLoop final : public Host {
     void begin_stop();
     bool go_on_stopping();
     void listen(bool on);
+    void trim();
     void publish();
 
     const ListenerOptions options_;
@@ -78,6 +80,9 @@ class ListenerLoop final : public Host {
     std::list<Watch> watches_;
     std::vector<std::uint8_t> buffer_;
     std::uint64_t not_forwarded_ = 0;  // no place
+    std::size_t recent_peak_ = 0;      // of kept bytes, since trimmed_
+    std::size_t peak_ = 0;             // of kept bytes, before that, not given back
+    Clock::time_point trimmed_;
     Clock::time_point swept_;
 
     ListenerStats counts_;

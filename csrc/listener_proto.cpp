@@ -116,8 +116,12 @@ bool read_bool(Reader& reader, bool& value) {
     return true;
 }
 
-bool read_text(Reader& reader, std::vector<std::string_view>& values) {
-    return reader.text(values.emplace_back());
+bool read_text(Reader& reader, Texts& texts, std::size_t most) {
+    std::string_view text;
+    if (++texts.count > most) return reader.bytes(text);
+    if (!reader.text(text)) return false;
+    texts.kept.push_back(text);
+    return true;
 }
 
 bool read_doubles(Reader& reader, std::vector<double>& values) {
@@ -195,10 +199,10 @@ bool is_utf8(std::string_view text) {
 
 bool parse(std::string_view data, RouteRequest& out) {
     using Input = RouteRequest::Input;
-    out.available.clear();
-    std::vector<std::string_view> available = std::move(out.available);
+    out.available.kept.clear();
+    std::vector<std::string_view> kept = std::move(out.available.kept);
     out = {};
-    out.available = std::move(available);
+    out.available.kept = std::move(kept);
     Reader reader(data);
     return read_fields(reader, [&](std::uint32_t tag) -> int {
         switch (tag) {
@@ -211,7 +215,7 @@ bool parse(std::string_view data, RouteRequest& out) {
             case key(3, kFixed64):
                 return reader.fixed(out.tau.emplace());
             case key(4, kBytes):
-                return read_text(reader, out.available);
+                return read_text(reader, out.available, kMaxNames);
             case key(5, kVarint):
                 return read_bool(reader, out.strict);
             case key(6, kVarint):
@@ -230,7 +234,7 @@ bool parse(std::string_view data, RouteBatchRequest& out) {
     return read_fields(reader, [&](std::uint32_t tag) -> int {
         switch (tag) {
             case key(1, kBytes):
-                return read_text(reader, out.texts);
+                return read_text(reader, out.texts, kMaxBatchRows);
             case key(2, kBytes):
                 return reader.bytes(out.embeddings);
             case key(3, kVarint):
@@ -240,7 +244,7 @@ bool parse(std::string_view data, RouteBatchRequest& out) {
             case key(4, kBytes):
                 return read_doubles(reader, out.tau);
             case key(5, kBytes):
-                return read_text(reader, out.available);
+                return read_text(reader, out.available, kMaxNames);
             case key(6, kVarint):
                 return read_bool(reader, out.strict);
             case key(7, kVarint):

@@ -7,7 +7,20 @@
 #include <string_view>
 #include <vector>
 
+namespace proteus {
+
+inline constexpr std::size_t kMaxBatchRows = 65'536;
+inline constexpr std::size_t kMaxNames = 4096;
+
+}  // namespace proteus
+
 namespace proteus::proto {
+
+// Strings of a request. What is more than a request may have is counted, and not kept.
+struct Texts {
+    std::vector<std::string_view> kept;
+    std::size_t count = 0;
+};
 
 struct RouteRequest {
     enum class Input : std::uint8_t { kNone, kText, kEmbedding };
@@ -15,18 +28,18 @@ struct RouteRequest {
     Input input = Input::kNone;  // the last one that came
     std::string_view bytes;      // of the input
     std::optional<double> tau;
-    std::vector<std::string_view> available;
+    Texts available;
     bool strict = false;
     std::int32_t mode = 0;
     std::int32_t guarantee = 0;
 };
 
 struct RouteBatchRequest {
-    std::vector<std::string_view> texts;
+    Texts texts;
     std::string_view embeddings;
     std::uint32_t rows = 0;
     std::vector<double> tau;
-    std::vector<std::string_view> available;
+    Texts available;
     bool strict = false;
     std::int32_t mode = 0;
     std::int32_t guarantee = 0;

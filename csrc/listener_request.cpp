@@ -44,12 +44,15 @@ bool all_finite(std::string_view bytes) {
     return true;
 }
 
-Options take_options(const Served& served, const std::vector<std::string_view>& available,
-                     std::int32_t mode, std::int32_t guarantee, Violations& violations) {
+Options take_options(const Served& served, const proto::Texts& available, std::int32_t mode,
+                     std::int32_t guarantee, Violations& violations) {
     Options options{.mode = served.snapshot->options.default_mode};
-    if (!available.empty()) options.available = 0;
-    for (std::size_t i = 0; i < available.size(); ++i) {
-        const auto found = served.index.find(available[i]);
+    if (available.count) options.available = 0;
+    if (available.count > kMaxNames)
+        violations.add("available", "expected at most " + text_of(kMaxNames) + " names, got " +
+                                        text_of(available.count));
+    for (std::size_t i = 0; i < available.count && available.count <= kMaxNames; ++i) {
+        const auto found = served.index.find(available.kept[i]);
         if (found == served.index.end()) {
             violations.add("available[" + text_of(i) + "]",
                            "expected a candidate of the pool, got an unknown name");

@@ -11,12 +11,11 @@
 #include <string_view>
 #include <vector>
 
+#include "listener_proto.hpp"
 #include "listener_status.hpp"
 #include "snapshot.hpp"
 
 namespace proteus {
-
-inline constexpr std::size_t kMaxBatchRows = 65'536;
 
 // One loaded router and what its replies say of it. Immutable; swapped by one pointer.
 struct Served {
@@ -50,8 +49,8 @@ struct Options {
     Guarantee guarantee = Guarantee::kCertified;
 };
 
-Options take_options(const Served& served, const std::vector<std::string_view>& available,
-                     std::int32_t mode, std::int32_t guarantee, Violations& violations);
+Options take_options(const Served& served, const proto::Texts& available, std::int32_t mode,
+                     std::int32_t guarantee, Violations& violations);
 void check_embeddings(const Served& served, const char* field, std::string_view bytes,
                       std::uint64_t rows, Violations& violations);
 

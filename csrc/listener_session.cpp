@@ -1,17 +1,21 @@
 #include "listener_session.hpp"
 
-#include <nghttp2/nghttp2.h>
-
 #include <algorithm>
-#include <cstring>
 #include <new>
 #include <stdexcept>
+
+#include "listener_callbacks.hpp"
 
 namespace proteus {
 namespace {
 
 constexpr std::size_t kSpareCalls = 128;
 constexpr std::size_t kSpareBytes = 16 << 10;
+// Passes where others have taken all memory, up to twice as much as they may.
+constexpr std::size_t kSmallBytes = 64 << 10;
+// A peer that does not read while so much waits for it is not read either.
+constexpr std::size_t kFullBytes = 4 << 20;
+constexpr std::size_t kFullFrames = 4096;
 constexpr std::int32_t kStreamWindow = 1 << 20;
 constexpr std::int32_t kConnectionWindow = 4 << 20;
 // The answer to a method that nothing answers, word for word grpcio's.
@@ -47,6 +51,11 @@ std::uint32_t message_size(std::string_view prefix) {
     return size;
 }
 
+void drop(std::string& bytes) {
+    bytes.clear();
+    if (bytes.capacity() > kSpareBytes) std::string().swap(bytes);
+}
+
 std::string text_of(std::size_t n) { return std::to_string(n); }
 
 void count_ending(const Call& call, int code) {
@@ -57,138 +66,22 @@ void count_ending(const Call& call, int code) {
 
 }  // namespace
 
-// What libnghttp2 calls.
-struct Callbacks {
-    static Session& self(void* user) { return *static_cast<Session*>(user); }
-    static Call* call(nghttp2_session* session, std::int32_t stream) {
-        return static_cast<Call*>(nghttp2_session_get_stream_user_data(session, stream));
-    }
-
-    static int begin_headers(nghttp2_session* session, const nghttp2_frame* frame, void* user) {
-        if (frame->hd.type != NGHTTP2_HEADERS || frame->headers.cat != NGHTTP2_HCAT_REQUEST)
-            return 0;
-        Call* call = self(user).open(frame->hd.stream_id);
-        return nghttp2_session_set_stream_user_data(session, frame->hd.stream_id, call);
-    }
-
-    static int header(nghttp2_session* session, const nghttp2_frame* frame,
-                      const std::uint8_t* name, std::size_t name_size, const std::uint8_t* value,
-                      std::size_t value_size, std::uint8_t, void* user) {
-        Call* found = call(session, frame->hd.stream_id);
-        if (found && frame->headers.cat == NGHTTP2_HCAT_REQUEST)
-            self(user).header(*found, {reinterpret_cast<const char*>(name), name_size},
-                              {reinterpret_cast<const char*>(value), value_size});
-        return 0;
-    }
-
-    static int frame(nghttp2_session* session, const nghttp2_frame* frame, void* user) {
-        Session& me = self(user);
-        const auto& hd = frame->hd;
-        const bool ends = hd.flags & NGHTTP2_FLAG_END_STREAM;
-        bool allowed = true;
-        me.has_begun_ = true;
-        switch (hd.type) {
-            case NGHTTP2_HEADERS:
-                if (Call* found = call(session, hd.stream_id)) {
-                    found->half_closed = ends;
-                    if (frame->headers.cat == NGHTTP2_HCAT_REQUEST) me.headers_done(*found);
-                    if (ends) me.half_close(*found);
-                }
-                break;
-            case NGHTTP2_DATA:
-                if (hd.length == 0 && !ends) {
-                    allowed = me.controls_.take(me.host_.limits.controls_per_second, me.host_.now);
-                }
-                if (Call* found = call(session, hd.stream_id); found && ends) me.half_close(*found);
-                break;
-            case NGHTTP2_RST_STREAM:
-            case NGHTTP2_WINDOW_UPDATE:
-                break;
-            default:
-                allowed = me.controls_.take(me.host_.limits.controls_per_second, me.host_.now);
-        }
-        if (!allowed) nghttp2_session_terminate_session(session, NGHTTP2_ENHANCE_YOUR_CALM);
-        return 0;
-    }
-
-    static int data(nghttp2_session* session, std::uint8_t, std::int32_t stream,
-                    const std::uint8_t* bytes, std::size_t size, void* user) {
-        if (Call* found = call(session, stream))
-            self(user).data(*found, {reinterpret_cast<const char*>(bytes), size});
-        return 0;
-    }
-
-    static int stream_close(nghttp2_session* session, std::int32_t stream, std::uint32_t error,
-                            void* user) {
-        Session& me = self(user);
-        if (Call* found = call(session, stream)) me.close(*found);
-        // whichever side resets: a peer can make this one do it
-        if (error != NGHTTP2_NO_ERROR &&
-            !me.resets_.take(me.host_.limits.resets_per_second, me.host_.now))
-            nghttp2_session_terminate_session(session, NGHTTP2_ENHANCE_YOUR_CALM);
-        return 0;
-    }
-
-    // The rest of a request that is answered is not wanted. A reset that is submitted earlier
-    // would overtake the answer.
-    static int sent(nghttp2_session* session, const nghttp2_frame* frame, void*) {
-        if (frame->hd.type != NGHTTP2_HEADERS || !(frame->hd.flags & NGHTTP2_FLAG_END_STREAM))
-            return 0;
-        const Call* found = call(session, frame->hd.stream_id);
-        if (found && !found->half_closed)
-            nghttp2_submit_rst_stream(session, NGHTTP2_FLAG_NONE, found->stream, NGHTTP2_NO_ERROR);
-        return 0;
-    }
-
-    static ssize_t read(nghttp2_session*, std::int32_t, std::uint8_t* to, std::size_t size,
-                        std::uint32_t* flags, nghttp2_data_source* source, void* user) {
-        Call& call = *static_cast<Call*>(source->ptr);
-        const std::size_t n = std::min(size, call.out.size() - call.sent);
-        std::memcpy(to, call.out.data() + call.sent, n);
-        call.sent += n;
-        if (call.sent < call.out.size()) return static_cast<ssize_t>(n);
-        if (call.last) {
-            *flags |= NGHTTP2_DATA_FLAG_EOF | NGHTTP2_DATA_FLAG_NO_END_STREAM;
-            self(user).submit_trailers(call);
-            return static_cast<ssize_t>(n);
-        }
-        call.out.clear();
-        call.sent = 0;
-        return n ? static_cast<ssize_t>(n) : ssize_t{NGHTTP2_ERR_DEFERRED};
-    }
-
-    static nghttp2_session_callbacks* all() {
-        static const auto deleter = [](nghttp2_session_callbacks* p) {
-            nghttp2_session_callbacks_del(p);
-        };
-        static const std::unique_ptr<nghttp2_session_callbacks, decltype(deleter)> callbacks(
-            [] {
-                nghttp2_session_callbacks* made = nullptr;
-                if (nghttp2_session_callbacks_new(&made) != 0) throw std::bad_alloc();
-                nghttp2_session_callbacks_set_on_begin_headers_callback(made, &begin_headers);
-                nghttp2_session_callbacks_set_on_header_callback(made, &header);
-                nghttp2_session_callbacks_set_on_frame_recv_callback(made, &frame);
-                nghttp2_session_callbacks_set_on_data_chunk_recv_callback(made, &data);
-                nghttp2_session_callbacks_set_on_frame_send_callback(made, &sent);
-                nghttp2_session_callbacks_set_on_stream_close_callback(made, &stream_close);
-                return made;
-            }(),
-            deleter);
-        return callbacks.get();
-    }
-};
-
 bool Bucket::take(double per_second, Clock::time_point now) {
     used_ = std::max(0.0, used_ - per_second * std::chrono::duration<double>(now - last_).count());
     last_ = now;
     return ++used_ <= 10 * per_second;
 }
 
-Session::Session(Host& host, void* owned_by) : owner(owned_by), host_(host) {
+Session::Session(Host& host, void* owned_by) : owner(owned_by), host_(host), idle_since_(host.now) {
     nghttp2_option* options = nullptr;
     if (nghttp2_option_new(&options) != 0) throw std::bad_alloc();
     nghttp2_option_set_no_closed_streams(options, 1);
-    const int made = nghttp2_session_server_new2(&session_, Callbacks::all(), this, options);
+#ifdef PROTEUS_NGHTTP2_RESET_RATE
+    // the library's own limit is not to be met before ours
+    const auto resets = static_cast<std::uint64_t>(host.limits.resets_per_second);
+    nghttp2_option_set_stream_reset_rate_limit(options, 20 * resets, 2 * resets);
+#endif
+    const int made = nghttp2_session_server_new2(&session_, session_callbacks(), this, options);
     nghttp2_option_del(options);
     if (made != 0) throw std::bad_alloc();
     const nghttp2_settings_entry settings[] = {
@@ -224,6 +117,11 @@ bool Session::produce(std::string& out, std::size_t enough) {
     return true;
 }
 
+bool Session::is_full() const {
+    return kept_bytes_ > kFullBytes ||
+           nghttp2_session_get_outbound_queue_size(session_) > kFullFrames;
+}
+
 bool Session::finished() const {
     return !nghttp2_session_want_read(session_) && !nghttp2_session_want_write(session_);
 }
@@ -252,11 +150,12 @@ void Session::close(Call& call) {
     if (call.before) call.before->after = call.after;
     if (call.after) call.after->before = call.before;
     if (first_ == &call) first_ = call.after;
-    --calls_;
+    if (--calls_ == 0) idle_since_ = host_.now;
     kept_bytes_ -= call.counted;
     host_.kept_bytes -= call.counted;
     std::unique_ptr<Call> owned(&call);
-    if (spare_.size() == kSpareCalls || call.in.capacity() + call.out.capacity() > kSpareBytes)
+    if (spare_.size() == kSpareCalls ||
+        call.in.capacity() + call.out.capacity() + call.path.capacity() > kSpareBytes)
         return;
     // memory of the strings is used again
     std::string in = std::move(call.in), out = std::move(call.out), path = std::move(call.path);
@@ -299,10 +198,15 @@ void Session::headers_done(Call& call) {
 
 void Session::data(Call& call, std::string_view bytes) {
     if (call.place == Call::Place::kAnswered) return;
+    if (call.in.empty() && call.opened) call.started = host_.now;
     call.in.append(bytes);
     count(call);
-    if (kept_bytes_ > host_.limits.connection_bytes || host_.kept_bytes > host_.limits.total_bytes)
+    const std::size_t total = host_.limits.total_bytes;
+    if (kept_bytes_ > host_.limits.connection_bytes || host_.kept_bytes > 2 * total ||
+        (host_.kept_bytes > total && call.in.size() > kSmallBytes)) {
+        ++host_.shed_late;
         return refuse(call, overloaded());
+    }
     pump(call);
 }
 
@@ -372,7 +276,7 @@ void Session::finish_message(Call& call, std::size_t begin, bool last) {
         count_ending(call, 0);
         call.place = Call::Place::kAnswered;
         call.ended = host_.now;
-        call.in.clear();
+        drop(call.in);
     }
     count(call);
     host_.touched(*this);
@@ -383,9 +287,7 @@ void Session::finish_message(Call& call, std::size_t begin, bool last) {
         const nghttp2_nv headers[] = {field(":status", "200"),
                                       field("content-type", "application/grpc"),
                                       field("grpc-accept-encoding", "identity")};
-        nghttp2_data_provider body;
-        body.source.ptr = &call;
-        body.read_callback = &Callbacks::read;
+        const nghttp2_data_provider body = reply_body(call);
         nghttp2_submit_response(session_, call.stream, headers, std::size(headers), &body);
     }
     if (call.place == Call::Place::kArriving) {
@@ -409,7 +311,7 @@ void Session::refuse(Call& call, const Refusal& refusal) {
     if (call.last) return;
     count_ending(call, refusal.code);
     call.place = Call::Place::kAnswered;
-    call.in.clear();
+    drop(call.in);
     host_.touched(*this);
     if (call.opened) {
         call.ending = {refusal.code, refusal.text, {}};
@@ -453,15 +355,22 @@ void Session::go_away() {
                           nullptr, 0);
 }
 
-void Session::refuse_all(const Refusal& refusal) {
+std::size_t Session::refuse_all(const Refusal& refusal) {
+    std::size_t count = 0;
     for (Call* call = first_; call; call = call->after) {
         call->leave();
+        count += call->place != Call::Place::kAnswered;
         refuse(*call, refusal);
     }
+    return count;
 }
 
 void Session::sweep() {
-    if (first_) host_.touched(*this);
+    if (first_) {
+        host_.touched(*this);
+    } else {
+        spare_.clear();
+    }
     for (Call* call = first_; call; call = call->after) {
         if (call->place == Call::Place::kAnswered) {
             // a peer that opens no window keeps no reply for ever
@@ -470,9 +379,12 @@ void Session::sweep() {
                                           NGHTTP2_CANCEL);
             continue;
         }
+        // a stream may be silent between its messages
         const bool unfinished = call->place == Call::Place::kArriving && !call->half_closed &&
-                                !call->opened && host_.now - call->started > host_.limits.request;
+                                !(call->opened && call->in.empty()) &&
+                                host_.now - call->started > host_.limits.request;
         if (!unfinished && host_.now < call->deadline) continue;
+        ++host_.expired;
         call->leave();
         refuse(*call, deadline_exceeded());
     }

@@ -27,7 +27,7 @@ struct Limits {
     std::size_t total_bytes = std::size_t{256} << 20;  // the same of all connections of a thread
     double resets_per_second = 100;                    // and ten times as many at once
     double controls_per_second = 1000;                 // pings, settings, empty frames; as above
-    // from a request's headers to its last byte, and for a reply to be taken
+    // of a message's bytes, and for a reply to be taken
     std::chrono::milliseconds request{30'000};
 };
 
@@ -56,8 +56,8 @@ struct Call {
     std::int32_t stream = 0;
     Place place = Place::kArriving;
     const Methods::value_type* method = nullptr;
-    Clock::time_point started;
-    Clock::time_point ended;  // the last of the reply was written
+    Clock::time_point started;  // to come, or its next message to
+    Clock::time_point ended;    // the last of the reply was written
     Clock::time_point deadline = Clock::time_point::max();
 
     // the host's own while it has the call
@@ -109,8 +109,10 @@ class Host {
 
     const Limits limits;
     const Methods methods;
-    std::size_t kept_bytes = 0;  // of all sessions
-    Clock::time_point now;       // of the last read
+    std::size_t kept_bytes = 0;   // of all sessions
+    Clock::time_point now;        // of the last read
+    std::uint64_t expired = 0;    // calls refused past their deadline
+    std::uint64_t shed_late = 0;  // calls refused while their bytes came, for want of memory
 
   protected:
     Host(Limits given, Methods known) : limits(given), methods(std::move(known)) {}
@@ -158,18 +160,24 @@ class Session {
     // No more reads of requests; streams that are open go on.
     void go_away();
 
-    // Ends what is open.
-    void refuse_all(const Refusal& refusal);
+    // Ends what is open. How many calls had no answer yet.
+    std::size_t refuse_all(const Refusal& refusal);
 
-    // Refuses what is late: requests that do not arrive, calls past their deadline.
+    // Refuses what is late: requests that do not arrive, calls past their deadline. Gives memory
+    // back where no call is open.
     void sweep();
 
     void ping();
 
     std::size_t calls() const { return calls_; }
+    // The peer has said that it knows this side's limits.
     bool has_begun() const { return has_begun_; }
+    // Of the last call, or of the session.
+    Clock::time_point idle_since() const { return idle_since_; }
 
     std::size_t kept_bytes() const { return kept_bytes_; }
+    // Too much waits to be sent for more to be read.
+    bool is_full() const;
 
     void* const owner;
 
@@ -197,6 +205,7 @@ class Session {
     std::size_t calls_ = 0;
     std::size_t kept_bytes_ = 0;
     bool has_begun_ = false;
+    Clock::time_point idle_since_;
     bool going_away_ = false;
     Bucket resets_;
     Bucket controls_;

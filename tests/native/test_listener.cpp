@@ -381,6 +381,33 @@ void old_idle_and_silent_connections_end() {
         while (recv(silent, &byte, 1, 0) == 1) continue;
         close(silent);
     }
+    {
+        // bytes without a call are no use of a connection
+        Listener listener({place.fd}, make_served(1), {}, options);
+        Client dripping(place);
+        dripping.send();
+        while (!dripping.peer.has_goaway) {
+            dripping.peer.ping();
+            dripping.send();
+            CHECK(dripping.receive());
+        }
+    }
+    {
+        options.idle = 1h;
+        options.connections = 2;
+        options.replaceable = 50ms;
+        Listener listener({place.fd}, make_served(1), {{kEcho, {Method::Kind::kForward}}}, options);
+        Client busy(place), unused(place);
+        busy.peer.call(kEcho, framed("stuck"));
+        busy.send();
+        CHECK(unused.await(unused.peer.call(kRoute, route_request(x, 0.5))).status() == 0);
+        std::this_thread::sleep_for(100ms);
+        Client next(place);
+        CHECK(next.await(next.peer.call(kRoute, route_request(x, 0.5))).status() == 0);
+        while (unused.receive()) continue;
+        CHECK(unused.peer.has_goaway && listener.stats().refused_connections == 0);
+        CHECK(listener.take(5s));
+    }
     options.age = 100ms;
     options.age_grace = 700ms;
     Listener listener({place.fd}, make_served(1), {{kEcho, {Method::Kind::kForward}}}, options);

@@ -166,6 +166,25 @@ void a_slow_request_is_given_up() {
     CHECK(pair.exchange() && pair.of(stream).status() == 4 && pair.of(stream).is_closed);
 }
 
+void a_slow_message_of_a_stream_is_given_up() {
+    Pair pair;
+    const auto stream = pair.peer.call(kStream, framed("one"), {}, false);
+    CHECK(pair.exchange());
+    pair.host.echo();
+    CHECK(pair.exchange() && pair.of(stream).body == framed("one"));
+    // silence between messages is allowed
+    pair.host.now += 100s;
+    pair.session.sweep();
+    pair.peer.more(stream, framed("two").substr(0, 6), false);
+    CHECK(pair.exchange());
+    pair.host.now += 29s;
+    pair.session.sweep();
+    CHECK(pair.exchange() && !pair.of(stream).is_closed);
+    pair.host.now += 2s;
+    pair.session.sweep();
+    CHECK(pair.exchange() && pair.of(stream).status() == 4 && pair.host.expired == 1);
+}
+
 void a_cancelled_call_leaves_the_host() {
     Pair pair;
     const auto stream = pair.peer.call(kEcho, framed("x"));
@@ -208,6 +227,76 @@ void what_is_kept_is_bounded() {
     pair.host.echo();
     CHECK(pair.exchange() && pair.host.kept_bytes == 0);
     CHECK(pair.of(streams.front()).status() == 0);
+}
+
+void small_messages_pass_where_others_take_all() {
+    Limits limits;
+    limits.total_bytes = 100'000;
+    TestHost host(limits);
+    Session sessions[2] = {Session(host), Session(host)};
+    Peer peers[2];
+    const auto send = [&](int i) {
+        const std::string bytes = peers[i].outgoing();
+        const auto* data = reinterpret_cast<const std::uint8_t*>(bytes.data());
+        CHECK(sessions[i].receive(data, bytes.size()));
+        std::string reply;
+        CHECK(sessions[i].produce(reply, 1 << 20));
+        peers[i].incoming(reply);
+    };
+    const auto part = framed(std::string(8'000'000, 'x')).substr(0, 60'000);
+    peers[0].call(kEcho, part, {}, false);
+    peers[0].call(kEcho, part, {}, false);
+    for (int i = 0; i < 4; ++i) send(0);
+    CHECK(host.kept_bytes == 120'000 && host.shed_late == 0);
+    const auto small = peers[1].call(kEcho, framed("small"));
+    const auto large = peers[1].call(kEcho, framed(std::string(70'000, 'x')));
+    for (int i = 0; i < 4; ++i) send(1);
+    host.echo();
+    for (int i = 0; i < 4; ++i) send(1);
+    CHECK(peers[1].responses[small].status() == 0 && peers[1].responses[large].status() == 8);
+    CHECK(host.shed_late == 1);
+}
+
+void what_is_answered_keeps_no_memory() {
+    Pair pair({}, 10);
+    const auto stream = pair.peer.call(kEcho, framed(std::string(1 << 20, 'x')));
+    CHECK(pair.exchange() && pair.host.waiting() == 1);
+    Call& call = **pair.host.calls[0];
+    call.leave();
+    pair.session.refuse(call, overloaded());
+    CHECK(call.in.capacity() < 64 << 10 && pair.host.kept_bytes == 0);
+    CHECK(pair.exchange() && pair.of(stream).status() == 8);
+}
+
+void refused_streams_end_the_connection() {
+    Limits limits;
+    limits.streams = 4;
+    limits.resets_per_second = 2;
+    Pair pair(limits);
+    // a peer that has not heard of the limit
+    for (int i = 0; i < 80; ++i) pair.peer.call(kEcho, framed("x"), {}, false);
+    const std::string bytes = pair.peer.outgoing();
+    pair.session.receive(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size());
+    std::string out;
+    pair.session.produce(out, 1 << 20);
+    CHECK(pair.session.finished() && out.size() < 2000);
+}
+
+void a_peer_that_does_not_read_fills_the_queue() {
+    Limits limits;
+    limits.streams = 4;
+    limits.resets_per_second = 1e6;
+    Pair pair(limits);
+    std::string bytes = pair.peer.outgoing();
+    // requests of three indexed fields
+    for (std::uint32_t stream = 1; stream < 10'000; stream += 2) {
+        const char id[] = {0, 0, static_cast<char>(stream >> 8), static_cast<char>(stream)};
+        bytes += std::string("\0\0\3\1\5", 5) + std::string(id, 4) + "\x83\x84\x86";
+    }
+    CHECK(pair.session.receive(reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()));
+    CHECK(pair.session.is_full());
+    std::string out;
+    CHECK(pair.session.produce(out, 1 << 20) && !pair.session.is_full());
 }
 
 void rapid_resets_end_the_connection() {
@@ -275,6 +364,11 @@ int main() {
     a_cancelled_call_leaves_the_host();
     a_stream_answers_message_by_message();
     what_is_kept_is_bounded();
+    a_slow_message_of_a_stream_is_given_up();
+    small_messages_pass_where_others_take_all();
+    what_is_answered_keeps_no_memory();
+    refused_streams_end_the_connection();
+    a_peer_that_does_not_read_fills_the_queue();
     rapid_resets_end_the_connection();
     a_flood_of_pings_ends_the_connection();
     going_away_lets_calls_finish();

@@ -26,7 +26,7 @@ void fields_are_read() {
     proto::RouteRequest request;
     CHECK(proto::parse(data, request));
     CHECK(request.input == Input::kText && request.bytes == "a text" && request.tau == 0.25);
-    CHECK(request.available.size() == 2 && request.available[0] == "one" && request.strict);
+    CHECK(request.available.count == 2 && request.available.kept[0] == "one" && request.strict);
     CHECK(request.mode == -1 && request.guarantee == 2);
     // the last one of the input counts, an unknown field does not
     proto::put_bytes(data, 2, "\xFF\xFE");
@@ -34,7 +34,17 @@ void fields_are_read() {
     CHECK(proto::parse(data, request));
     CHECK(request.input == Input::kEmbedding && request.bytes == "\xFF\xFE");
     CHECK(proto::parse("", request) && request.input == Input::kNone && !request.tau);
-    CHECK(request.available.empty() && !request.strict);
+    CHECK(!request.available.count && !request.strict);
+}
+
+void no_more_than_a_request_may_have_is_kept() {
+    std::string data;
+    for (std::size_t i = 0; i < kMaxBatchRows + 10; ++i) proto::put_bytes(data, 1, "");
+    for (std::size_t i = 0; i < kMaxNames + 10; ++i) proto::put_bytes(data, 5, "a");
+    proto::RouteBatchRequest request;
+    CHECK(proto::parse(data, request));
+    CHECK(request.texts.count == kMaxBatchRows + 10 && request.texts.kept.size() == kMaxBatchRows);
+    CHECK(request.available.count == kMaxNames + 10 && request.available.kept.size() == kMaxNames);
 }
 
 void repeated_numbers_come_packed_or_not() {
@@ -152,6 +162,7 @@ void an_error_stays_small() {
 int main() {
     fields_are_read();
     repeated_numbers_come_packed_or_not();
+    no_more_than_a_request_may_have_is_kept();
     malformed_messages_are_refused();
     utf8_is_checked();
     random_bytes_are_fine();
