@@ -154,12 +154,9 @@ class Server:
             self._admin.refuse_new()
         self._plane.refuse_new()
         time.sleep(max(0.0, min(_POLL_S, end - time.monotonic())))
-        while self.pending and time.monotonic() < end and not hurry():
-            time.sleep(_POLL_S)
-        cut_off = self.pending
+        cut_off = self._plane.drain(end, hurry)
         self.control.generation.batcher.close(drain=not cut_off)
-        # what is left are replies on their way out, and health watchers, which never end by themselves
-        self._plane.stop(min(0.5, max(0.0, end - time.monotonic())))
+        self._plane.stop(max(0.0, end - time.monotonic()))
         self._exit.close()
         for listener in (self._admin, self._metrics):
             if listener is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ _PREFIX = f"/{service.SERVICE_NAME}/"
 # health checks, reflection and refusals: each with a thread, so that they wait behind nobody
 _CONTROL_CALLS = 256
 _MOST_ARRIVING = 32
+_POLL_S = 0.02
+_LAST_REPLIES_S = 0.5
 _CHANNEL_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", service.MAX_MESSAGE_BYTES),
@@ -93,8 +96,15 @@ class GrpcioPlane:
     def refuse_new(self) -> None:
         self._admission.draining = True
 
+    def drain(self, end: float, hurry: Callable[[], bool]) -> int:
+        """Let calls end until a time of time.monotonic(), or until they are hurried. How many have not ended."""
+        while self._pool.pending and time.monotonic() < end and not hurry():
+            time.sleep(_POLL_S)
+        return self._pool.pending
+
     def stop(self, seconds: float) -> None:
-        self._server.stop(seconds).wait()
+        """Stop, once replies are on their way or after so many seconds: health watchers never end by themselves."""
+        self._server.stop(min(_LAST_REPLIES_S, seconds)).wait()
         self._arrivals.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._control.shutdown(wait=False, cancel_futures=True)

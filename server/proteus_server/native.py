@@ -6,6 +6,7 @@ import contextlib
 import errno
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ _REFLECT = f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
 _BACKLOG = 1024
 _TAKE_S = 0.5
 _JOIN_S = 0.5
+_POLL_S = 0.02
 _NO_DEADLINE_S = 1e9
 _STATS = {
     "rejected": "shed",
@@ -184,15 +186,38 @@ class NativePlane:
         if self._listener is not None:
             self._listener.refuse_new()
 
-    def stop(self, seconds: float) -> None:
-        """Say GOAWAY, let what is on its way out go for so long, stop."""
-        if self._listener is not None:
-            self._stopping.set()
-            self._listener.drain(seconds)
-            # a thread that waits in the core must not live on when the interpreter ends
-            for worker in self._workers:
-                worker.join(_JOIN_S)
+    def drain(self, end: float, hurry: Callable[[], bool]) -> int:
+        """Let calls end until a time of time.monotonic(), or until they are hurried.
+
+        What comes while some are at work is refused. Then no connection is accepted any more, those that are there are
+        told to go, and the calls whose request or reply is on its way end.
+
+        Returns:
+            How many calls were cut off, then or when they were hurried.
+        """
         self._close_sockets()
+        listener = self._listener
+        if listener is None:
+            return 0
+        while self.pending and time.monotonic() < end and not hurry():
+            time.sleep(_POLL_S)
+        draining = threading.Thread(
+            target=listener.drain, args=(max(0.0, end - time.monotonic()),), name="proteus-drain", daemon=True
+        )
+        draining.start()
+        while draining.is_alive():
+            if hurry():
+                listener.drain(0.0)
+            draining.join(_POLL_S)
+        return listener.stats()["cut_off"]
+
+    def stop(self, seconds: float) -> None:
+        """Wait for the workers that long, and a moment more."""
+        self._stopping.set()
+        # a thread that waits in the core must not live on when the interpreter ends
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.join(max(_JOIN_S, seconds))
 
     def _close_sockets(self) -> None:
         while self._sockets:

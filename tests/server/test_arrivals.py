@@ -18,17 +18,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from proteus_fast import Router
 from proteus_server import admin, app, arrivals, service
 from proteus_server import proteus_pb2 as pb
+from tests.server import http2
 from tests.server.conftest import Wire
 
 PATH = f"/{service.SERVICE_NAME}/Route"
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
-def literal(name: str, value: str) -> bytes:
-    return bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
 
 
 class Peer:
@@ -37,16 +30,15 @@ class Peer:
     def __init__(self, address: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(address.removeprefix("unix:"))
-        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0))
+        self.socket.sendall(http2.PREFACE + http2.frame(http2.SETTINGS))
         self._stream = -1
 
     def open(self, path: str, calls: int = 1) -> int:
         """Send the headers of calls; the last one's stream."""
-        block = b"\x83\x86" + literal(":path", path) + literal(":authority", "localhost")
-        block += literal("content-type", "application/grpc") + literal("te", "trailers")
+        block = http2.call_headers(path.encode())
         for _ in range(calls):
             self._stream += 2
-            self.socket.sendall(frame(1, 4, self._stream, block))
+            self.socket.sendall(http2.frame(http2.HEADERS, http2.END_HEADERS, self._stream, block))
         return self._stream
 
 
@@ -134,10 +126,10 @@ def test_a_few_have_their_time(server: app.Server, peer: Any, monkeypatch: pytes
     wait_for(lambda: server.pending == 1)
     body = pb.RouteRequest(text="q", tau=0.5).SerializeToString()
     message = b"\0" + len(body).to_bytes(4, "big") + body
-    connected.socket.sendall(frame(0, 0, stream, message[:7]))
+    connected.socket.sendall(http2.frame(http2.DATA, stream=stream, payload=message[:7]))
     time.sleep(3 * arrivals._PERIOD_S)
     assert server.pending == 1
-    connected.socket.sendall(frame(0, 1, stream, message[7:]))
+    connected.socket.sendall(http2.frame(http2.DATA, http2.END_STREAM, stream, message[7:]))
     wait_for(lambda: server.pending == 0)
     assert server._plane.calls() == {("Route", "OK"): 1}
     connected.open(PATH)

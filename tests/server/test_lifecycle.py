@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from proteus_server import app
 from proteus_server import proteus_pb2 as pb
 from proteus_server.client import Client
+from tests.server import http2
 
-GOAWAY = 7
 CANARY = "canary-91c2-the-prompt-of-a-user"
 
 
@@ -131,6 +131,30 @@ def test_a_long_call_is_finished_before_the_exit(launch: Any, plane: str, socket
     assert len(answers[0].choice) == 7000
 
 
+def test_a_call_that_is_arriving_is_finished_before_the_exit(launch: Any, socket_dir: Path) -> None:
+    """Half of a request is sent before the signal, the rest well after it."""
+    process = launch("--address", f"unix:{socket_dir}/s", "--data-plane", "native")
+    process.address()
+    message = pb.RouteRequest(text=CANARY, tau=0.5).SerializeToString()
+    data = b"\0" + len(message).to_bytes(4, "big") + message
+    with socket.socket(socket.AF_UNIX) as peer, peer.makefile("rb") as frames:
+        peer.connect(f"{socket_dir}/s")
+        peer.settimeout(20.0)
+        peer.sendall(http2.opening(b"/proteus.v1.RouterService/Route"))
+        peer.sendall(http2.frame(http2.DATA, stream=1, payload=data[:9]))
+        time.sleep(0.3)
+        process.popen.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        peer.sendall(http2.frame(http2.DATA, http2.END_STREAM, 1, data[9:]))
+        body, frame = b"", http2.read_frame(frames)
+        while not (frame.stream == 1 and frame.flags & http2.END_STREAM):
+            body += frame.payload if frame.kind == http2.DATA else b""
+            frame = http2.read_frame(frames)
+    assert pb.RouteReply.FromString(body[5:]).status == pb.FEASIBLE
+    assert process.wait() == 0
+    assert "cut_off=0" in process.text
+
+
 def test_while_draining(held_server: Any) -> None:
     server, wire, batcher = held_server(workers=2)
     watch = health_pb2_grpc.HealthStub(wire.channel).Watch(health_pb2.HealthCheckRequest(service=""), timeout=30.0)
@@ -169,15 +193,9 @@ def test_an_old_connection_is_told_to_go(router: Any, plane: str, socket_dir: Pa
         with socket.socket(socket.AF_UNIX) as peer, peer.makefile("rb") as frames:
             peer.settimeout(20.0)
             peer.connect(f"{socket_dir}/s")
-            # the preface, and a SETTINGS frame without any
-            peer.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
-            kind, kinds = 0, []
-            while kind != GOAWAY:
-                head = frames.read(9)
-                assert len(head) == 9, kinds
-                kind = head[3]
-                kinds.append(kind)
-                frames.read(int.from_bytes(head[:3], "big"))
+            peer.sendall(http2.PREFACE + http2.frame(http2.SETTINGS))
+            while http2.read_frame(frames).kind != http2.GOAWAY:
+                pass
         # a client that stays goes on by other connections
         with Client(address, timeout_s=20.0) as client:
             end = time.monotonic() + 2.0

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2
 from proteus_fast import QueueFullError
 from proteus_server import app, control, errors, service
 from proteus_server import proteus_pb2 as pb
+from tests.server import http2
 
 CANARY = "canary-7f3a-the-prompt-of-a-user"
 ROUTE = pb.RouteRequest(text=CANARY, tau=0.5)
@@ -155,21 +156,11 @@ def test_a_cancelled_call_leaves_nothing_behind(held_server: Any) -> None:
     assert wire.works()
 
 
-def http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
-
-
-def literal(name: bytes, value: bytes) -> bytes:
-    return bytes([0, len(name)]) + name + bytes([len(value)]) + value
-
-
 def test_requests_that_never_arrive_hold_up_nobody(held_server: Any, plane: str) -> None:
     server, wire, _ = held_server(workers=2)
-    headers = b"\x83\x86" + literal(b":path", b"/proteus.v1.RouterService/Route") + literal(b":authority", b"localhost")
-    headers += literal(b"content-type", b"application/grpc") + literal(b"te", b"trailers")
-    opening = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(4, 0, 0, b"") + http2_frame(1, 4, 1, headers)
     # the first bytes of a message that says it is 1 MiB long
-    opening += http2_frame(0, 0, 1, b"\0\0\x10\0\0abc")
+    opening = http2.opening(b"/proteus.v1.RouterService/Route")
+    opening += http2.frame(http2.DATA, stream=1, payload=b"\0\0\x10\0\0abc")
     with contextlib.ExitStack() as stack:
         for _ in range(200):
             peer = stack.enter_context(socket.socket(socket.AF_UNIX))
