@@ -70,7 +70,10 @@ class AdminService:
         try:
             return _reply(self._control.reload(request.path))
         except PermissionError as error:
-            raise errors.invalid([_field(error)]) from None
+            # the system's own is of a file, not of the request
+            if error.errno is None:
+                raise errors.invalid([_field(error)]) from None
+            raise errors.precondition("CHECKPOINT", errors.shortened(str(error))) from None
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             raise errors.precondition("CHECKPOINT", errors.shortened(str(error))) from None
 

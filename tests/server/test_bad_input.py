@@ -13,6 +13,7 @@ import pytest
 
 from proteus_fast import Router
 from proteus_server import proteus_pb2 as pb
+from tests.server import http2
 
 BAD = grpc.StatusCode.INVALID_ARGUMENT
 NAN, INF = float("nan"), float("inf")
@@ -93,6 +94,7 @@ ROUTE: list[Case] = [
         BAD,
         ["available[0]"],
     ),
+    ("100,000 names", "Route", lambda _: one(text="q", tau=0.5, available=["x"] * 100_000), BAD, ["available"]),
     ("unknown mode", "Route", lambda _: one(text="q", tau=0.5, mode=3), BAD, ["mode"]),
     ("negative mode", "Route", lambda _: one(text="q", tau=0.5, mode=-1), BAD, ["mode"]),
     ("unknown guarantee", "Route", lambda _: one(text="q", tau=0.5, guarantee=3), BAD, ["guarantee"]),
@@ -321,27 +323,24 @@ def test_oversized_metadata_is_refused(wire: Any) -> None:
     assert wire.works()
 
 
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
-
 @pytest.mark.parametrize(
     "data",
     [
         b"",
         b"\0",
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-        PREFACE[:10],
-        PREFACE,
-        PREFACE + b"\xff" * 4096,
+        http2.PREFACE[:10],
+        http2.PREFACE,
+        http2.PREFACE + b"\xff" * 4096,
         # a settings frame whose length is no multiple of 6, a frame that stops in its header, data on stream 0
-        PREFACE + b"\0\0\5\4\0\0\0\0\0" + b"\0" * 5,
-        PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\0\0",
-        PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\0\0\4\0\1\0\0\0\0abcd",
+        http2.PREFACE + b"\0\0\5\4\0\0\0\0\0" + b"\0" * 5,
+        http2.PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\0\0",
+        http2.PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\0\0\4\0\1\0\0\0\0abcd",
         # headers that never end, and a frame larger than any limit
-        PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\0\0\1\1\0\0\0\0\1\x82",
-        PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\xff\xff\xff\0\0\0\0\0\1",
+        http2.PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\0\0\1\1\0\0\0\0\1\x82",
+        http2.PREFACE + b"\0\0\0\4\0\0\0\0\0" + b"\xff\xff\xff\0\0\0\0\0\1",
     ],
-    ids=lambda data: repr(data[len(PREFACE) :][:12] if data.startswith(PREFACE) else data[:12]),
+    ids=lambda data: repr(data[len(http2.PREFACE) :][:12] if data.startswith(http2.PREFACE) else data[:12]),
 )
 @pytest.mark.parametrize("reset", [False, True])
 def test_broken_frames_harm_nobody_else(address: str, wire: Any, data: bytes, reset: bool) -> None:

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from proteus_fast import Router
 from proteus_server import app, control, native, service
 from proteus_server import proteus_pb2 as pb
+from tests.server import http2
 
 if not native.is_built():
     pytest.skip("this build has no native data plane", allow_module_level=True)
 
 DIM = 16
 NAMES = [f"model-{i}" for i in range(4)]
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 class Both:
@@ -141,6 +141,13 @@ def test_a_route_is_answered_as_by_grpcio(both: Both, data: bytes) -> None:
     both.ask("Route", data)
 
 
+@pytest.mark.parametrize("names", [4096, 4097])
+def test_many_names_are_answered_as_by_grpcio(both: Both, names: int) -> None:
+    available = ["x"] * names
+    both.ask("Route", pb.RouteRequest(text="q", tau=0.5, available=available).SerializeToString())
+    both.ask("RouteBatch", pb.RouteBatchRequest(texts=["q"], tau=[0.5], available=available).SerializeToString())
+
+
 @TOGETHER
 @given(data=BATCHES | spoiled(BATCHES))
 def test_a_batch_is_answered_as_by_grpcio(both: Both, data: bytes) -> None:
@@ -223,7 +230,7 @@ def test_rapid_resets_end_their_own_connection_only(native_server: Any, wire_to_
     with wire_to_address(place) as wire, socket.socket(socket.AF_UNIX) as peer:
         peer.connect(place.removeprefix("unix:"))
         peer.settimeout(10.0)
-        peer.sendall(PREFACE + frame(4, 0, 0))
+        peer.sendall(http2.PREFACE + frame(4, 0, 0))
         cancel = (8).to_bytes(4, "big")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for first in range(1, 20_001, 200):
@@ -252,7 +259,7 @@ def test_slow_and_idle_peers_hold_up_nobody(native_server: Any, wire_to_address:
         for index, peer in enumerate(peers):
             peer.connect(place.removeprefix("unix:"))
             # nothing, a part of the preface, a part of a request
-            peer.sendall([b"", PREFACE[:7], PREFACE + frame(4, 0, 0) + frame(1, 4, 1, HEADERS)][index % 3])
+            peer.sendall([b"", http2.PREFACE[:7], http2.PREFACE + frame(4, 0, 0) + frame(1, 4, 1, HEADERS)][index % 3])
         deadline = time.monotonic() + 10.0
         while plane._listener.stats()["connections"] < 300 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -272,7 +279,7 @@ def test_a_peer_that_does_not_read_is_not_answered_without_bound(native_server: 
     call = b"\0" + len(body).to_bytes(4, "big") + body
     with wire_to_address(place) as wire, socket.socket(socket.AF_UNIX) as peer:
         peer.connect(place.removeprefix("unix:"))
-        peer.sendall(PREFACE + frame(4, 0, 0))
+        peer.sendall(http2.PREFACE + frame(4, 0, 0))
         peer.setblocking(False)
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             for stream in range(1, 40_001, 2):
