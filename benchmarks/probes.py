@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,8 +115,19 @@ def slope_per_hour(points: Sequence[tuple[float, float]]) -> float:
     return float(np.polyfit(seconds / 3600.0, values, 1)[0])
 
 
-def canaries(server: serving.Running) -> tuple[int, int, dict[str, int]]:
-    """Requests with the canary in them: how many, how many of those were refused, and hits by place."""
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+def canaries(server: serving.Running, metrics: str) -> tuple[int, int, dict[str, int]]:
+    """Requests with the canary in them: how many, how many of those were refused, and hits by place.
+
+    Args:
+        metrics: the URL of the server's metrics.
+    """
     info = load.info_of(server.address)
     embedding = (CANARY.encode() * info.input_dim)[: 4 * info.input_dim]
     good = [
@@ -155,8 +168,13 @@ def canaries(server: serving.Running) -> tuple[int, int, dict[str, int]]:
                     refused += 1
                     errors += f"{error.details()} {error.trailing_metadata()!r} {error.initial_metadata()!r}\n"
     log = server.log.read_bytes()
+    with urllib.request.urlopen(metrics, timeout=20.0) as answer:
+        counted = answer.read()
+    if b"proteus_calls_total" not in counted:
+        raise load.NotMeasured(f"{metrics}: no proteus_calls_total")
     return calls, refused, {
         "texts and metadata of errors": errors.count(CANARY),
         "replies": replies.count(CANARY.encode()),
-        "the log at level debug, standard error": log.count(CANARY.encode()),
+        "the log at level debug with every call, standard error": log.count(CANARY.encode()),
+        "metrics": counted.count(CANARY.encode()),
     }  # fmt: skip
