@@ -129,7 +129,7 @@ def read_table(path: str | os.PathLike[str]) -> OutcomeTable:
         raise ValueError(f"{file}: expected 1 to {MAX_CANDIDATES} columns score:<name>, got {len(names)}")
     for required in ("prompt", *(f"{kind}:{name}" for name in names for kind in ("score", "cost"))):
         if columns.count(required) != 1:
-            raise ValueError(f"{file}: expected one column {required}, got {columns.count(required)}")
+            raise ValueError(f"{file}: expected one column {required[:300]}, got {columns.count(required)}")
     prompts = table["prompt"].to_pylist()
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"{file}: prompt: expected at least one row, all of them texts, got others")
