@@ -70,6 +70,17 @@ def backend_options(router: Router, device: str = "cpu") -> dict[str, Any]:
     return {**options, "encode": encode, "token_budget": TOKEN_BUDGET, "lanes": 2}
 
 
+def _own_encoder(router: Router, device: str, encode: Callable[[list[str]], Any]) -> dict[str, Any]:
+    """What ``_core.Batcher`` needs to encode by a caller's function."""
+    if not callable(encode):
+        raise TypeError(f"encode: expected a function, got {type(encode).__name__}")
+    if router.checkpoint.config.encoder != "none":
+        raise ValueError("encode: expected none for a router that encodes texts itself, got one")
+    if device != "cpu":
+        raise ValueError(f"device: expected cpu with an encode of your own, got {device}")
+    return {"encode": lambda texts: to_float32(to_host(encode(texts)), "encode"), "lanes": 1}
+
+
 class _Call(NamedTuple):
     """Arguments of one call, checked. `like` is the caller's array, None where texts came; `name`: of its rows."""
 
@@ -167,6 +178,7 @@ class Batcher:
         router: Router,
         *,
         device: str = "cpu",
+        encode: Callable[[list[str]], Any] | None = None,
         max_batch_size: int = 256,
         max_queue_rows: int = 4096,
         window_us: int = 0,
@@ -178,6 +190,9 @@ class Batcher:
         Args:
             router: what decides. device: where: ``cpu``, or a CUDA device, where texts are encoded and rows decided in
                 one go; decisions from there have no fallbacks.
+            encode: of a router that was trained on embeddings of your own: what makes them, from a list of B texts to
+                (B, D), any floating dtype, on any device. One call of it for each batch, on the batcher's thread; what
+                it raises is the cause of its callers' RuntimeError.
             max_batch_size: most rows of a batch; a call with more is a batch by itself.
             max_queue_rows: most rows that wait; a call beyond raises QueueFullError, one that has more ValueError.
             window_us: how long the first of a batch may wait for others, in microseconds; 0 takes what is there.
@@ -192,7 +207,8 @@ class Batcher:
         """
         if not isinstance(router, Router):
             raise TypeError(f"router: expected a Router, got {type(router).__name__}")
-        options = backend_options(router, device)
+        options = backend_options(router, device) if encode is None else _own_encoder(router, device, encode)
+        self._takes_texts = encode is not None or router.checkpoint.config.encoder != "none"
         if token_budget is not None:
             options["token_budget"] = token_budget
         if lanes is not None:
@@ -383,7 +399,7 @@ class Batcher:
         like: Any,
         name: str,
     ) -> _Call:
-        if texts is not None and self._router.checkpoint.config.encoder == "none":
+        if texts is not None and not self._takes_texts:
             raise ValueError(f"{name}: expected embeddings, got texts: this router has no text encoder")
         bits = ALL_CANDIDATES if mask is None else sum(1 << i for i in np.flatnonzero(mask).tolist())
         options = {"mode": mode, "guarantee": guarantee, "available": bits}

@@ -19,6 +19,7 @@ import torch
 from proteus_fast import Batcher, QueueFullError, Router, _core, cuda
 from proteus_fast.batcher import backend_options
 from tests import encoders
+from tests.checkpoints import tiny_checkpoint
 from tests.kernels.snapshots import DEVICE
 
 WORDS = [f"word{i}" for i in range(40)]
@@ -400,3 +401,36 @@ def test_a_text_that_utf8_cannot_hold_fails_alone(transformer: Router) -> None:
         with pytest.raises(ValueError, match=r"^queries\[1\]: expected text that UTF-8 can hold"):
             batcher.route_batch(["word1", "\ud800"], 0.5)
         assert batcher.stats()["submitted"] == 0
+
+
+def test_texts_by_an_encoder_of_the_caller_s_own(hashed: Router) -> None:
+    router = Router(tiny_checkpoint(encoder="none"))
+    batches: list[list[str]] = []
+
+    def encode(texts: list[str]) -> torch.Tensor:
+        batches.append(texts)
+        if "bad" in texts:
+            raise KeyError("no such text")
+        rows = [np.random.default_rng(len(text)).standard_normal(router.input_dim) for text in texts]
+        return torch.from_numpy(np.stack(rows))
+
+    expected = router.route_batch(encode(TEXTS), 0.8)
+    with Batcher(router, encode=encode) as batcher:
+        assert_same(batcher.route_batch(TEXTS, 0.8), expected)
+        assert batcher.route(TEXTS[3], 0.8).choice == expected.choice[3]
+        assert asyncio.run(batcher.route_async(TEXTS[4], 0.8)).choice == expected.choice[4]
+        with ThreadPoolExecutor(16) as pool:
+            choices = [decision.choice for decision in pool.map(lambda text: batcher.route(text, 0.8), TEXTS)]
+        assert choices == expected.choice.tolist()
+        assert sum(map(len, batches)) == 3 * len(TEXTS) + 2
+        with pytest.raises(RuntimeError) as caught:
+            batcher.route("bad", 0.8)
+        assert isinstance(caught.value.__cause__, KeyError)
+    with Batcher(router) as batcher, pytest.raises(ValueError, match="text: expected embeddings, got texts"):
+        batcher.route("a text", 0.8)
+    with pytest.raises(ValueError, match="encode: expected none for a router that encodes texts itself, got one"):
+        Batcher(hashed, encode=encode)
+    with pytest.raises(ValueError, match="device: expected cpu with an encode of your own, got cuda"):
+        Batcher(router, encode=encode, device="cuda")
+    with pytest.raises(TypeError, match="encode: expected a function, got int"):
+        Batcher(router, encode=3)  # type: ignore[arg-type]
