@@ -78,3 +78,19 @@ def to_tau(tau: Any) -> float | NDArray[np.float64]:
     if array.dtype.kind != "f":
         raise TypeError(f"tau: expected a floating dtype, got {array.dtype}")
     return float(array) if array.ndim == 0 else np.ascontiguousarray(array, np.float64)
+
+
+def to_prices(value: Any) -> NDArray[np.float32]:
+    """Prices of one query's candidates, in USD.
+
+    Raises:
+        TypeError: no sequence of numbers. ValueError: a price is negative or not finite.
+    """
+    try:
+        prices = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        expected = "prices in the order of the pool's candidates"
+        raise TypeError(f"price_usd: expected {expected}, got {type(value).__name__}") from None
+    if not (np.isfinite(prices) & (prices >= 0)).all():
+        raise ValueError("price_usd: expected finite values >= 0, got others")
+    return prices

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proteus_fast import _core, checkpoint
-from proteus_fast.arrays import from_numpy, is_for_torch, to_float32, to_host, to_numpy, to_tau
+from proteus_fast.arrays import from_numpy, is_for_torch, to_float32, to_host, to_numpy, to_prices, to_tau
 from proteus_fast.certificate import Certificate, Guarantee, Mode, Status, tau_index
 from proteus_fast.encoder import LazyEncoder, check_source
 from proteus_fast.pool import Pool
@@ -78,8 +78,8 @@ class RouteBatch:
 class Decision(NamedTuple):
     """The answer for one query.
 
-    ``certified_floor`` is None where nothing is promised, ``tau_max`` where no target is certified at all;
-    ``fallbacks`` are the other eligible candidates, best first.
+    ``certified_floor`` is None where nothing is promised, ``tau_max`` where no target is certified at all. ``score``,
+    predicted accuracy weighed against price by ``mu``, ranks; ``fallbacks`` are the other eligible candidates by it.
     """
 
     candidate: str
@@ -365,9 +365,7 @@ class Router:
         mask = None if available is None else self.pool.available(available)
         if mask is not None and not mask.any():
             raise ValueError("available: expected at least one candidate, got none")
-        prices = None if price_usd is None else np.asarray(price_usd, np.float32)
-        if prices is not None and not (np.isfinite(prices) & (prices >= 0)).all():
-            raise ValueError("price_usd: expected finite values >= 0, got others")
+        prices = None if price_usd is None else to_prices(price_usd)
         x = to_host(self.encode([query]))
         answers = self.snapshot.scores(x, target, mode, guarantee, mask, prices)
         choice, mu, score, status, floor, predicted, scores = answers

@@ -278,6 +278,7 @@ BAD_TEXTS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("tau None", {"tau": None}, TypeError, "tau: expected"),
     ("tau many", {"tau": [0.8, 0.9]}, TypeError, "tau: expected one number"),
     ("nobody", {"available": []}, ValueError, "available: expected at least one"),
+    ("prices by name", {"price_usd": {"gpt-4": 1.0}}, TypeError, "price_usd: expected prices in the order"),
     ("negative price", {"price_usd": [-1.0] * K}, ValueError, "price_usd: expected finite values"),
     ("infinite price", {"price_usd": [float("inf")] * K}, ValueError, "price_usd: expected finite values"),
     ("two prices", {"price_usd": [1.0, 2.0]}, ValueError, "price_usd: expected"),

@@ -181,7 +181,12 @@ def train(config: TrainConfig) -> Path:
         raise ValueError(f"table_rows: expected a power of two, got {config.table_rows}")
     out = Path(config.out)
     name = config.teacher if config.encoder == "hash" else config.encoder
-    transformer = None if name is None else describe(name, config.max_tokens)[0]
+    try:
+        transformer = None if name is None else describe(name, config.max_tokens)[0]
+    except (OSError, ValueError) as error:
+        # which of the two arguments
+        text = str(error)
+        raise type(error)(text.replace("encoder:", "teacher:", 1) if config.encoder == "hash" else text) from None
     source = None if config.encoder == "hash" else transformer
     checkpoint.check_target(out, source if source is None else replace(source, held=config.hold_encoder))
     division = read_division(config.data)

@@ -76,7 +76,7 @@ SETTINGS = (
     Setting("drain-seconds", float, "S", "how long calls in flight may take after SIGTERM"),
     Setting("data-plane", str, "", "what answers Route and RouteBatch (default: native where built)", DATA_PLANES),
     Setting("threads", int, "N", "of the native data plane"),
-    Setting("max-connection-age", float, "S", "after which a client is told to connect again; 0: never"),
+    Setting("max-connection-age", float, "S", "seconds after which a client is told to connect again; 0: never"),
     Setting(
         "admin-address", str, "HOST:PORT | unix:PATH", "where to serve AdminService; loopback only (default: none)"
     ),

@@ -253,3 +253,5 @@ def test_wrong_usage(data: Path, directory: Path, tmp_path: Path, capsys: pytest
     assert "unlabelled: expected a teacher to ask about the prompts, got none" in capsys.readouterr().err
     assert main([*command, "--teacher", str(directory), "--max-tokens", "1"]) == 2
     assert "max_tokens: expected 2 to 40" in capsys.readouterr().err
+    assert main([*command, "--teacher", str(tmp_path / "nowhere")]) != 0
+    assert "teacher: expected a directory, got nothing at" in capsys.readouterr().err
