@@ -103,15 +103,15 @@ bool Decider::route_batch(const std::shared_ptr<const Served>& served, Call& cal
 bool Decider::is_full(std::size_t rows, Clock::time_point now) const {
     // one at work and one that waits, so that there is always work
     if (shed_batches_.is_on(now) && jobs_.size() > 1 &&
-        job_rows_ + rows > batch_cost_.rows_in(kWaitingWork))
+        job_rows_ + rows >
+            batch_cost_.rows_in(std::max<Clock::duration>(kWaitingWork, pause(now) / 4)))
         return true;
     return jobs_.size() >= max_calls_ || (job_rows_ && job_rows_ + rows > max_rows_);
 }
 
 void Decider::decide_batches(Clock::duration budget) {
     const auto until = Clock::now() + budget;
-    do {
-        if (jobs_.empty()) return;
+    while (!jobs_.empty()) {
         std::unique_ptr<Job> job = std::move(jobs_.front());
         jobs_.pop_front();
         if (step(*job, until)) {
@@ -119,7 +119,9 @@ void Decider::decide_batches(Clock::duration budget) {
         } else {
             jobs_.push_back(std::move(job));
         }
-    } while (Clock::now() < until);
+        decided_ = Clock::now();
+        if (decided_ >= until) return;
+    }
 }
 
 // True once the job is done, or nobody waits for it.

@@ -17,6 +17,7 @@ constexpr auto kCalm = std::chrono::seconds(1);
 constexpr std::chrono::seconds kLongestShedding{60};
 // Work of one turn while it sheds: a caller waits for the rest of one turn, then for its own.
 constexpr auto kShortTurn = std::chrono::microseconds(300);
+constexpr auto kLongestPause = std::chrono::milliseconds(200);
 // A refusal waits for the turn before it.
 constexpr auto kLongTurn = std::chrono::milliseconds(10);
 
@@ -84,11 +85,20 @@ bool Decider::route(const std::shared_ptr<const Served>& served, Call& call) {
     return true;
 }
 
+// Before this turn, without work: what came meanwhile is no standing queue.
+Clock::duration Decider::pause(Clock::time_point now) const {
+    return std::min<Clock::duration>(now - decided_, kLongestPause);
+}
+
 bool Decider::turn_away(Clock::time_point now) {
+    const Clock::duration waited = pause(now);
+    const auto rows_in = [&](Clock::duration work, Clock::duration more) {
+        return route_cost_.rows_in(std::max(work, more));
+    };
     const std::size_t most =
         shed_routes_.is_on(now)
-            ? std::min(max_calls_, route_cost_.rows_in(kShortTurn))
-            : std::max(max_calls_, std::min(max_calls_ + burst_, route_cost_.rows_in(kLongTurn)));
+            ? std::min(max_calls_, rows_in(kShortTurn, waited / 4))
+            : std::max(max_calls_, std::min(max_calls_ + burst_, rows_in(kLongTurn, waited)));
     if (count_ < most) return false;
     shed_routes_.refuse(now);
     ++stats_.rejected;
@@ -116,6 +126,7 @@ void Decider::decide_routes(const Served& served, Clock::time_point now) {
         for (const Guarantee guarantee : {Guarantee::kCertified, Guarantee::kCalibrated})
             decide_group(served, mode, guarantee);
     count_ = 0;
+    decided_ = Clock::now();
 }
 
 void Decider::decide_group(const Served& served, Mode mode, Guarantee guarantee) {

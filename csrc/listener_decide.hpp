@@ -62,7 +62,8 @@ class Decider {
     // At most `max_calls` routes of one turn, as many batches, and `max_rows` rows of batches.
     // After a second without a refusal `max_burst` routes more are taken, in one turn or in
     // several: what comes at once after a pause is no overload. While it sheds, a turn's routes,
-    // and the batches that wait, are a fraction of a millisecond's work.
+    // and the batches that wait, are a fraction of a millisecond's work, or as much as came while
+    // the thread waited or was not let run.
     Decider(std::size_t max_calls, std::size_t max_rows, std::size_t max_burst = 0);
     ~Decider();
 
@@ -97,6 +98,7 @@ class Decider {
     void answer(const Served& served, Pending& pending, std::size_t row,
                 const Clock::time_point (&times)[3]);
     bool is_full(std::size_t rows, Clock::time_point now) const;
+    Clock::duration pause(Clock::time_point now) const;
     bool step(Job& job, Clock::time_point until);
     void answer(Job& job);
 
@@ -106,6 +108,7 @@ class Decider {
     std::size_t burst_;             // left of it
     bool has_turned_away_ = false;  // in this turn
     Clock::time_point turned_away_{};
+    Clock::time_point decided_{};  // the end of the last turn's work
     Shedding shed_routes_, shed_batches_;
     RowCost route_cost_, batch_cost_;
     DecideStats stats_;
