@@ -9,6 +9,7 @@ on exchangeable traffic is at least tau.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -52,20 +53,25 @@ def tau_index(tau: float) -> int:
     return max(int(np.ceil(tau * TAU_STEPS - 1e-3)), 0)
 
 
-def _log_factorials(n: int) -> FloatArray:
-    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1, dtype=np.float64)))])
+def _pmf(n: int, rate: float, first: int, last: int) -> FloatArray:
+    """P(X = k) for k = first ... last and X ~ Binomial(n, rate), rate in (0, 1): from the first by the ratio of
+    neighbours, so that memory is that of the window and not of n."""
+    if last < first:
+        return np.zeros(0)
+    k = np.arange(first, last, dtype=np.float64)
+    ratio = (n - k) / (k + 1.0) * (rate / (1.0 - rate))
+    log_ways = math.lgamma(n + 1) - math.lgamma(first + 1) - math.lgamma(n - first + 1)
+    log_first = log_ways + first * math.log(rate) + (n - first) * math.log1p(-rate)
+    return np.exp(log_first + np.concatenate([[0.0], np.cumsum(np.log(ratio))]))
 
 
-def _upper_tails(n: int, rate: float, first: int, log_factorial: FloatArray) -> FloatArray:
+def _upper_tails(n: int, rate: float, first: int) -> FloatArray:
     """P(X >= k) for k = first ... and X ~ Binomial(n, rate), up to where the tail is beyond any delta."""
-    deviation = np.sqrt(n * rate * (1.0 - rate))
-    last = min(n, int(n * rate + 12.0 * deviation) + 60)
-    k = np.arange(first, last + 1)
-    log_pmf = log_factorial[n] - log_factorial[k] - log_factorial[n - k] + k * np.log(rate) + (n - k) * np.log1p(-rate)
-    return np.cumsum(np.exp(log_pmf)[::-1])[::-1]
+    deviation = math.sqrt(n * rate * (1.0 - rate))
+    return np.cumsum(_pmf(n, rate, first, min(n, int(n * rate + 12.0 * deviation) + 60))[::-1])[::-1]
 
 
-def critical_count(n: int, delta: float, tau: float, log_factorial: FloatArray | None = None) -> int:
+def critical_count(n: int, delta: float, tau: float) -> int:
     """Smallest k with P(X >= k) <= delta for X ~ Binomial(n, tau): the least number of right answers that certifies
     tau.
 
@@ -74,7 +80,6 @@ def critical_count(n: int, delta: float, tau: float, log_factorial: FloatArray |
 
     Args:
         n: calibration rows, >= 1. delta: error probability, in (0, .5). tau: accuracy, in [0, 1].
-        log_factorial: log k! for k = 0 ... n, where the caller has it.
 
     Returns:
         The count; n + 1 where no result certifies tau.
@@ -84,7 +89,7 @@ def critical_count(n: int, delta: float, tau: float, log_factorial: FloatArray |
     if tau >= 1.0:
         return n + 1
     first = int(n * tau)
-    tails = _upper_tails(n, tau, first, _log_factorials(n) if log_factorial is None else log_factorial)
+    tails = _upper_tails(n, tau, first)
     passed = np.flatnonzero(tails <= delta)
     return first + int(passed[0]) if passed.size else first + tails.size
 
@@ -102,15 +107,12 @@ def lower_bound(successes: int, n: int, delta: float) -> float:
         raise ValueError(f"successes: expected an integer in [0, {n}], got {successes}")
     if successes == 0:
         return 0.0
-    log_factorial = _log_factorials(n)
-    k = np.arange(successes, n + 1)
-    log_ways = log_factorial[n] - log_factorial[k] - log_factorial[n - k]
     low, high = 0.0, successes / n
     for _ in range(60):
         rate = 0.5 * (low + high)
         if rate <= 0.0 or rate >= 1.0:
             break
-        tail = np.exp(log_ways + k * np.log(rate) + (n - k) * np.log1p(-rate)).sum()
+        tail = _upper_tails(n, rate, successes)[:1].sum()
         low, high = (rate, high) if tail <= delta else (low, rate)
     return float(low)
 
@@ -186,12 +188,11 @@ class PathCertificate:
         steps = len(reached)
         code = np.zeros(TAU_STEPS + 1, np.int32)
         max_index = -1
-        log_factorial = _log_factorials(n)
         # no target above the plain mean of the first step can pass, and below one that every step passes nothing
         # changes
         for index in range(int(reached[0] * TAU_STEPS / n + 1e-9), -1, -1):
             if guarantee == "certified":
-                least = critical_count(n, delta, index / TAU_STEPS, log_factorial)
+                least = critical_count(n, delta, index / TAU_STEPS)
             else:
                 least = int(np.ceil(index * n / TAU_STEPS - 1e-9))
             passed = int(np.searchsorted(-reached, -least, side="right"))
@@ -389,19 +390,17 @@ def plan(tau: float, headroom: float, delta: float = 0.1, power: float = 0.9) ->
     )
     # the normal approximation with room for the exact bound and the sawtooth; from there down to the first failure
     n = int(1.03 * (spread / headroom) ** 2 + 15.0 / headroom) + 50
-    log_factorial = _log_factorials(n)
-    while n > 1 and _power(n, tau, accuracy, delta, log_factorial) >= power:
+    while n > 1 and _power(n, tau, accuracy, delta) >= power:
         n -= 1
     return n + 1
 
 
-def _power(n: int, tau: float, accuracy: float, delta: float, log_factorial: FloatArray) -> float:
+def _power(n: int, tau: float, accuracy: float, delta: float) -> float:
     """P(X >= critical count) for X ~ Binomial(n, accuracy)."""
-    least = critical_count(n, delta, tau, log_factorial)
+    least = critical_count(n, delta, tau)
     if least > n:
         return 0.0
     if accuracy >= 1.0:
         return 1.0
-    k = np.arange(max(0, int(n * accuracy - 12 * np.sqrt(n * accuracy * (1 - accuracy))) - 60), least)
-    log_pmf = log_factorial[n] - log_factorial[k] - log_factorial[n - k]
-    return 1.0 - float(np.exp(log_pmf + k * np.log(accuracy) + (n - k) * np.log1p(-accuracy)).sum())
+    first = max(0, int(n * accuracy - 12 * math.sqrt(n * accuracy * (1 - accuracy))) - 60)
+    return 1.0 - float(_pmf(n, accuracy, first, least - 1).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -52,6 +53,21 @@ def test_critical_count_is_the_binomial_test(n: int, tau: float, delta: float) -
     if count <= n:
         assert stats.binom.sf(count - 1, n, tau) <= delta * (1 + 1e-9)
     assert stats.binom.sf(count - 2, n, tau) > delta * (1 - 1e-9) or count == 0
+
+
+def test_a_certificate_of_many_rows_needs_the_memory_of_few() -> None:
+    n = 1 << 24
+    successes = np.linspace(n * 0.8, n * 0.3, 2 * MIXING_STEPS + 1).astype(np.int64)
+    entry = PathCertificate(make_path(3), successes)
+    tracemalloc.start()
+    table = entry.table("certified", n, 0.1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 << 20
+    assert table.max_index == 799
+    for index in (1, 500, 799):
+        count = critical_count(n, 0.1, index / 1000)
+        assert stats.binom.sf(count - 1, n, index / 1000) <= 0.1 < stats.binom.sf(count - 2, n, index / 1000)
 
 
 def test_table_is_the_plain_walk() -> None:
