@@ -11,7 +11,7 @@ namespace proteus {
 // State of one call. The lane and the waiter each hold a reference, so either may leave first.
 class Batcher::Entry {
   public:
-    enum class State { kQueued, kRunning, kDone, kAbandoned };
+    enum class State { kQueued, kRunning, kDone, kTaken, kAbandoned };
 
     Entry(Query given, std::size_t cost, Done call)
         : query(std::move(given)), tokens(cost), enqueued(Clock::now()), done_(std::move(call)) {}
@@ -34,7 +34,7 @@ class Batcher::Entry {
 
     void abandon() {
         const std::lock_guard lock(mutex_);
-        if (state_ != State::kDone) state_ = State::kAbandoned;
+        if (state_ == State::kQueued || state_ == State::kRunning) state_ = State::kAbandoned;
     }
 
     bool late(Clock::time_point now) const { return query.deadline && *query.deadline <= now; }
@@ -65,6 +65,7 @@ class Batcher::Entry {
     Answer take() {
         const std::lock_guard lock(mutex_);
         if (error_) std::rethrow_exception(error_);
+        state_ = State::kTaken;
         return std::move(answer_);
     }
 

@@ -79,10 +79,10 @@ class Batcher {
     // Waits at most `slice`; true once there is an outcome. Throws DeadlinePassed at the deadline.
     static bool wait(const Ticket& ticket, Clock::duration slice);
 
-    // Whether there is an outcome.
+    // Whether there is an outcome to take.
     static bool ready(const Ticket& ticket);
 
-    // The answer of a ticket that is ready; throws what went wrong.
+    // The answer of a ticket that is ready, once; throws what went wrong.
     static Answer take(const Ticket& ticket);
 
     // Says that nobody waits any more: a queued entry is dropped when its turn comes.

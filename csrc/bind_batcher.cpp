@@ -182,7 +182,7 @@ struct Ticket {
 
     BatchResult result() const {
         if (!Batcher::ready(entry))
-            throw std::runtime_error("ticket: expected an outcome, got none yet");
+            throw std::runtime_error("ticket: expected an outcome to take, got none");
         return make_result(Batcher::take(entry));
     }
 };
@@ -349,7 +349,7 @@ void bind_batcher(py::module_& module) {
             "The tags that have arrived since the last call.");
     py::class_<Ticket>(module, "Ticket", py::is_final(), plain_metaclass(),
                        "A call that is queued, computed or done.")
-        .def("result", &Ticket::result, "The answer; raises what went wrong.")
+        .def("result", &Ticket::result, "The answer, once; raises what went wrong.")
         .def(
             "abandon", [](const Ticket& ticket) { Batcher::abandon(ticket.entry); },
             "Say that nobody waits: a queued call is dropped, and no tag comes.");

@@ -241,7 +241,7 @@ def test_calls_complete_through_a_descriptor() -> None:
         tickets = {
             tag: batcher.submit(None, ROWS[tag : tag + 1], 0.5, completions=completions, tag=tag) for tag in range(5)
         }
-        with pytest.raises(RuntimeError, match=r"^ticket: expected an outcome, got none yet"):
+        with pytest.raises(RuntimeError, match=r"^ticket: expected an outcome to take, got none"):
             tickets[0].result()
         tickets.pop(3).abandon()
         tags: list[int] = []
@@ -252,6 +252,8 @@ def test_calls_complete_through_a_descriptor() -> None:
         assert completions.drain() == []
         for tag in tags:
             assert_equal(tickets[tag].result(), SNAPSHOT.scores(ROWS[tag : tag + 1], 0.5))
+            with pytest.raises(RuntimeError, match=r"^ticket: expected an outcome to take, got none"):
+                tickets[tag].result()
         bounds, total = batcher.times()["bound_ns"], batcher.times()["total"]
         assert (np.diff(bounds.astype(np.float64)) > 0).all()
         # four calls, each of which the window held for a tenth of a second
