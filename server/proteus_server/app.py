@@ -62,7 +62,7 @@ class Server:
         """
         self._options = options = options or Options()
         self._address = addresses.checked(address, insecure=options.insecure)
-        plane = options.data_plane or ("native" if native.is_built() else "grpcio")
+        plane = options.plane
         self.control = control.Control(
             router,
             batching={"max_batch_size": options.max_batch_size, "max_queue_rows": service.MAX_BATCH_ROWS},

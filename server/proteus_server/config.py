@@ -53,6 +53,13 @@ class Options:
             value = getattr(self, name)
             if not least <= value <= most:
                 raise ValueError(f"{name}: expected {least} to {most}, got {strict_json.describe(value)}")
+        if self.threads > 1 and self.plane == "grpcio":
+            raise ValueError(f"threads: expected 1 on the data plane grpcio, got {self.threads}")
+
+    @property
+    def plane(self) -> str:
+        """The data plane that serves: the one asked for, else native where it was built."""
+        return self.data_plane or ("native" if native.is_built() else "grpcio")
 
 
 class Setting(NamedTuple):
@@ -75,7 +82,7 @@ SETTINGS = (
     Setting("workers", int, "N", "calls worked on at once"),
     Setting("drain-seconds", float, "S", "how long calls in flight may take after SIGTERM"),
     Setting("data-plane", str, "", "what answers Route and RouteBatch (default: native where built)", DATA_PLANES),
-    Setting("threads", int, "N", "of the native data plane"),
+    Setting("threads", int, "N", "of the native data plane; grpcio has none to set"),
     Setting("max-connection-age", float, "S", "seconds after which a client is told to connect again; 0: never"),
     Setting(
         "admin-address", str, "HOST:PORT | unix:PATH", "where to serve AdminService; loopback only (default: none)"

@@ -24,7 +24,7 @@ max-batch-size = 2
 workers = 3
 drain-seconds = 4
 data-plane = "grpcio"
-threads = 5
+threads = 1
 max-connection-age = 6.5
 admin-address = "unix:/a"
 checkpoint-root = "/r"
@@ -61,7 +61,7 @@ def test_every_setting_is_a_key_and_a_flag(write: Any) -> None:
         workers=3,
         drain_seconds=4,
         data_plane="grpcio",
-        threads=5,
+        threads=1,
         max_connection_age=6.5,
         admin_address="unix:/a",
         checkpoint_root="/r",
@@ -76,10 +76,10 @@ def test_every_setting_is_a_key_and_a_flag(write: Any) -> None:
 
 
 def test_flags_win_and_defaults_lose(write: Any) -> None:
-    file = write('address = "localhost:0"\nworkers = 3\nthreads = 2\n')
+    file = write('address = "localhost:0"\nworkers = 3\nmax-batch-size = 2\n')
     settings = parse("--config", file, "--workers", "4", "--max-queue", "7")
-    assert settings == {"address": "localhost:0", "workers": 4, "threads": 2, "max_queue": 7}
-    assert config.options_of(settings) == config.Options(workers=4, threads=2, max_queue=7)
+    assert settings == {"address": "localhost:0", "workers": 4, "max_batch_size": 2, "max_queue": 7}
+    assert config.options_of(settings) == config.Options(workers=4, max_batch_size=2, max_queue=7)
     # a flag with its default's value is given, too
     assert config.options_of(parse("--config", file, "--workers", "8")).workers == 8
 
@@ -131,6 +131,10 @@ def test_what_is_wrong_in_a_file(write: Any, text: str | bytes, expected: str) -
         ("address = 'localhost:0'\naccess-log-sample = 1.5", "access_log_sample: expected 0 to 1, got 1.5"),
         ("address = 'localhost:0'\nmax-connection-age = -1", "max_connection_age: expected 0 to 2000000, got -1"),
         ("address = 'localhost:0'\nmax-queue = 0x" + "f" * 5000, "expected 1 to 1048576, got an integer of 20000 bits"),
+        (
+            "address = 'localhost:0'\ndata-plane = 'grpcio'\nthreads = 2",
+            "threads: expected 1 on the data plane grpcio, got 2",
+        ),
         ("", "address: expected --address, or address in the file of --config, got none"),
     ],
 )
