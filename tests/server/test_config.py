@@ -108,7 +108,8 @@ def test_flags_win_and_defaults_lose(write: Any) -> None:
         ("workers = 1\nworkers = 2", "expected TOML, got: Cannot overwrite a value (at "),
         (b"address = '\xff'", "expected UTF-8, got other bytes"),
         ("#" * (1 << 16) + "\n", "expected at most 65536 bytes, got more"),
-        ("workers = " + "[" * 1000, "expected TOML, got: maximum recursion depth exceeded"),
+        # the library's own limit, or the interpreter's
+        ("workers = " + "[" * 1000, "expected TOML, got: "),
         ("workers = " + "9" * 5000, "expected TOML, got: Exceeds the limit"),
         ("log-level = 0x" + "f" * 5000, "log-level: expected debug | info | warning | error, got an integer of 20000"),
         ("workers = " + "[" * 200 + "]" * 200, "workers: expected an integer, got a list of 1"),

@@ -131,9 +131,9 @@ def test_a_long_call_is_finished_before_the_exit(launch: Any, plane: str, socket
     assert len(answers[0].choice) == 7000
 
 
-def test_a_call_that_is_arriving_is_finished_before_the_exit(launch: Any, socket_dir: Path) -> None:
+def test_a_call_that_is_arriving_is_finished_before_the_exit(launch: Any, plane: str, socket_dir: Path) -> None:
     """Half of a request is sent before the signal, the rest well after it."""
-    process = launch("--address", f"unix:{socket_dir}/s", "--data-plane", "native")
+    process = launch("--address", f"unix:{socket_dir}/s", "--data-plane", plane)
     process.address()
     message = pb.RouteRequest(text=CANARY, tau=0.5).SerializeToString()
     data = b"\0" + len(message).to_bytes(4, "big") + message
