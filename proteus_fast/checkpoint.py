@@ -22,9 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -33,10 +31,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from proteus_fast import strict_json
+from proteus_fast import folders, strict_json
 from proteus_fast.certificate import MIXING_STEPS, Certificate, Mode, Path, PathCertificate
 from proteus_fast.encoder import FILES, EncoderSource
-from proteus_fast.pool import MAX_CANDIDATES, Candidate, Pool
+from proteus_fast.pool import MAX_CANDIDATES, Candidate, Pool, is_name
 
 SCHEMA = 1
 MAX_TENSOR_BYTES = 1 << 30
@@ -46,6 +44,7 @@ MAX_VERTICES = 4096
 MAX_DIM = 1 << 16
 # of a float in a tensor, so that four layers of MAX_DIM do not overflow
 MAX_MAGNITUDE = 1e5
+_FILES = ("config.json", "model.safetensors", "certificate.json")
 HELD = "encoder"
 # of the files of a transformer that a checkpoint holds
 MAX_HELD_BYTES = {"config.json": strict_json.MAX_BYTES, "tokenizer.json": 1 << 28, "model.safetensors": 1 << 34}
@@ -193,7 +192,7 @@ _EncoderFields = tuple[Literal["hash", "transformer", "none"], int, tuple[float,
 
 def _read_encoder(root: strict_json.Node) -> _EncoderFields:
     """Kind, D, block weights, and where the transformer is."""
-    kinds = [node.text("hash", "transformer", "none") for name, node in root.items() if name == "kind"]
+    kinds = [node.one_of("hash", "transformer", "none") for name, node in root.items() if name == "kind"]
     if kinds == ["transformer"]:
         _, dim, directory, sha256, max_tokens = root.fields("kind", "dim", "directory", "sha256", "max_tokens")
         where = directory.text()
@@ -204,10 +203,10 @@ def _read_encoder(root: strict_json.Node) -> _EncoderFields:
         source = EncoderSource(where, sha256.hexadecimal(64), max_tokens.integer(2, 1 << 16), held)
         return "transformer", dim.integer(1, MAX_DIM), (), source
     kind, dim, block_weight = root.fields("kind", "dim", "block_weight")
-    is_hash = kind.text("hash", "none") == "hash"
-    blocks = 4 if is_hash else 0
+    name: Literal["hash", "none"] = kind.one_of("hash", "none")
+    blocks = 4 if name == "hash" else 0
     weights = tuple(float(w) for w in block_weight.numbers(blocks, blocks, 0.0, 1e3))
-    return "hash" if is_hash else "none", dim.integer(1, MAX_DIM), weights, None
+    return name, dim.integer(1, MAX_DIM), weights, None
 
 
 def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
@@ -215,28 +214,30 @@ def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
         "format", "schema", "pool", "cost_unit_usd", "encoder", "projection", "link", "head", "mode", "kappa", "gamma",
         "labels", "sha256",
     )  # fmt: skip
-    form.text("proteus-fast")
+    form.one_of("proteus-fast")
     schema.integer(SCHEMA, SCHEMA)
-    candidates = []
+    candidates: list[Candidate] = []
     for entry in pool.elements(1, MAX_CANDIDATES):
         name, price, mean_score = entry.fields("name", "price_usd", "mean_score")
-        candidates.append(Candidate(name.text(most=256), price.number(0.0, 1e6), mean_score.number(0.0, 1.0)))
+        candidate = Candidate(name.text(most=256), price.number(0.0, 1e6), mean_score.number(0.0, 1.0))
+        if not is_name(candidate.name) or candidate.name in {other.name for other in candidates}:
+            name.fail("printable characters, other ones for each candidate")
+        candidates.append(candidate)
     encoder_kind, input_dim, block_weight, source = _read_encoder(encoder)
     definition, data_set, data_sha256, rows = labels.fields("definition", "data_set", "data_sha256", "rows")
     model_hash, certificate_hash = sha256.fields("model.safetensors", "certificate.json")
-    head_name: Literal["residual", "free"] | None = None
-    if not head.is_null:
-        head_name = "residual" if head.text("residual", "free") == "residual" else "free"
-    if mode.text("dual", "policy") == "policy" and head_name is None:
+    heads: tuple[Literal["residual", "free"], ...] = ("residual", "free")
+    head_name = None if head.is_null else head.one_of(*heads)
+    if mode.one_of("dual", "policy") == "policy" and head_name is None:
         mode.fail("'dual' where there is no policy network")
     config = Config(
         pool=Pool(candidates),
         encoder=encoder_kind,
         input_dim=input_dim,
-        projection="mlp" if projection.text("none", "mlp") == "mlp" else "none",
-        link="clip" if link.text("clip", "sigmoid") == "clip" else "sigmoid",
+        projection=projection.one_of("none", "mlp"),
+        link=link.one_of("clip", "sigmoid"),
         head=head_name,
-        mode="policy" if mode.text("dual", "policy") == "policy" else "dual",
+        mode=mode.one_of("dual", "policy"),
         kappa=kappa.number(1e-9, 1e9),
         gamma=gamma.number(2.0, 8.0),
         cost_unit_usd=unit.number(1e-15, 1e6),
@@ -321,6 +322,13 @@ def _read_tensors(data: bytes, place: str) -> dict[str, Array]:
         raise ValueError(f"{place}: expected a valid safetensors file, got {str(error)[:200]}") from None
 
 
+def _named(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    # an empty variable in a script is no wish for the working directory
+    if not os.fspath(path):
+        raise ValueError("checkpoint: expected a folder, got an empty name")
+    return path
+
+
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Read and check a checkpoint folder.
 
@@ -328,7 +336,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         FileNotFoundError: the folder or one of its files is not there.
         ValueError: anything in it is not as it should be; the message has the file and the field.
     """
-    folder = FilePath(path)
+    folder = FilePath(_named(path))
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a checkpoint folder, got nothing there")
     config_bytes = strict_json.read_bytes(folder / "config.json", strict_json.MAX_BYTES)
@@ -373,8 +381,6 @@ def _hold(source: EncoderSource, folder: FilePath) -> None:
             while block := original.read(1 << 20):
                 digest.update(block)
                 file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
     if digest.hexdigest() != source.sha256:
         raise ValueError(f"encoder: expected sha256 {source.sha256} in {source.directory}, got {digest.hexdigest()}")
 
@@ -382,19 +388,20 @@ def _hold(source: EncoderSource, folder: FilePath) -> None:
 def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
     """Write a checkpoint folder; a reader never sees a part of one.
 
-    The folder is written beside its place, flushed, and renamed into it. One that was there before is moved aside first
-    and removed afterwards; a reader that looks between the two renames finds nothing, and one that mixes old and new
-    files is told so by their hashes.
+    It takes the place of one that was there before as :func:`proteus_fast.folders.replaced` says; a reader that mixes
+    old and new files is told so by their hashes. Where ``path`` is a symbolic link, the folder that it leads to is
+    replaced.
 
     Returns:
         The checkpoint's sha256.
+
+    Raises:
+        ValueError: see :func:`check_target`; or :func:`load` would refuse it.
     """
     from safetensors.numpy import save as save_tensors
 
-    folder = FilePath(path)
+    folder = check_target(path, checkpoint.config.source)
     check_tensors(checkpoint.config, checkpoint.tensors, str(folder / "model.safetensors"))
-    check_target(folder, checkpoint.config.source)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     contents = {
         "model.safetensors": save_tensors({k: np.ascontiguousarray(v) for k, v in checkpoint.tensors.items()}),
         "certificate.json": _to_bytes(_certificate_json(checkpoint.certificate)),
@@ -404,49 +411,41 @@ def save(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
     # what load would refuse is refused here, before anything is replaced
     config, _ = _read_config(strict_json.parse(contents["config.json"], str(folder / "config.json")))
     _read_certificate(strict_json.parse(contents["certificate.json"], str(folder / "certificate.json")), config)
-    staging = FilePath(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        staging.chmod(0o755)
+    with folders.replaced(folder) as staging:
         for name, data in contents.items():
-            with (staging / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            (staging / name).write_bytes(data)
         if checkpoint.config.source is not None and checkpoint.config.source.held:
             _hold(checkpoint.config.source, staging)
-        previous = staging.with_name(staging.name + ".old")
-        if folder.exists():
-            folder.rename(previous)
-        try:
-            staging.rename(folder)
-        except OSError:
-            if previous.exists():
-                previous.rename(folder)
-            raise
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return hashlib.sha256(contents["config.json"]).hexdigest()
 
 
-def check_target(path: str | os.PathLike[str], source: EncoderSource | None = None) -> None:
+def check_target(path: str | os.PathLike[str], source: EncoderSource | None = None) -> FilePath:
     """Raise ValueError unless a checkpoint may be written there: nothing, an empty folder or a checkpoint.
 
     Args:
         source: the transformer that it will refer to: what it replaces must not be, or hold, that directory.
+
+    Returns:
+        The folder to write, absolute and without symbolic links.
     """
-    folder = FilePath(path)
+    folder = FilePath(os.path.realpath(_named(path)))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder to write, got a file")
     names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-    if names and not {"config.json", "certificate.json"} <= names:
-        raise ValueError(f"{folder}: expected a checkpoint or an empty folder to replace, got other files")
+    # whatever else is there would be lost
+    others = names - {*_FILES, HELD}
+    if (folder / HELD).is_dir():
+        others |= {f"{HELD}/{entry.name}" for entry in (folder / HELD).iterdir() if entry.name not in FILES}
+    if others or (names and not names.issuperset(_FILES)):
+        found = f"also {min(others)}" if others else f"only {', '.join(sorted(names))}"
+        raise ValueError(f"{folder}: expected a checkpoint or an empty folder to replace, got {found}")
     if source is not None and not source.held:
         directory = FilePath(source.directory).resolve()
-        if folder.resolve() in (directory, *directory.parents):
+        if folder in (directory, *directory.parents):
             raise ValueError(
                 f"{folder}: expected a folder without the encoder that it refers to, got {directory} in it"
             )
+    return folder
 
 
 def certificate_digest(certificate: Certificate) -> str:

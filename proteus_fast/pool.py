@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -26,11 +27,16 @@ class Candidate:
     mean_score: float
 
 
+def is_name(text: str) -> bool:
+    """Whether a candidate can be called this: it goes into logs, metrics and replies as it is."""
+    return text.isprintable() and bool(text.strip())
+
+
 class Pool(Sequence[Candidate]):
     """Ordered, immutable candidates; ``choice`` indexes into them.
 
     Raises:
-        ValueError: no candidate, more than 64, or a name twice.
+        ValueError: no candidate, more than 64, a name twice or not printable, or a price below 0 or not finite.
     """
 
     def __init__(self, candidates: Iterable[Candidate]) -> None:
@@ -42,6 +48,11 @@ class Pool(Sequence[Candidate]):
         if len(self._index) < len(self.names):
             twice = next(name for i, name in enumerate(self.names) if self._index[name] != i)
             raise ValueError(f"pool: expected distinct names, got {twice!r} twice")
+        for candidate in self._candidates:
+            if not is_name(candidate.name):
+                raise ValueError(f"pool: expected names of printable characters, got {candidate.name!r}")
+            if not 0.0 <= candidate.price_usd < math.inf:
+                raise ValueError(f"pool: expected finite prices >= 0, got {candidate.price_usd} of {candidate.name!r}")
         self.price_usd: NDArray[np.float64] = np.array([c.price_usd for c in self._candidates], np.float64)
         self.mean_score: NDArray[np.float64] = np.array([c.mean_score for c in self._candidates], np.float64)
         self.price_usd.flags.writeable = False

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 MAX_BYTES = 16 << 20
 # of an integer; Python's own limit has another message
 _MAX_DIGITS = 400
+Choice = TypeVar("Choice", bound=str)
 
 
 def describe(value: object) -> str:
@@ -69,14 +70,18 @@ class Node:
     def is_null(self) -> bool:
         return self._value is None
 
-    def text(self, *allowed: str, most: int = 4096) -> str:
+    def one_of(self, *allowed: Choice) -> Choice:
+        found = next((choice for choice in allowed if choice == self._value), None)
+        if found is None:
+            self.fail(" or ".join(repr(choice) for choice in allowed))
+        return found
+
+    def text(self, *, most: int = 4096) -> str:
         if not isinstance(self._value, str) or len(self._value) > most:
             self.fail(f"a text of at most {most} characters")
         # what is no Unicode goes into no message or reply
         if any("\ud800" <= character <= "\udfff" for character in self._value):
             self.fail("a text without surrogates")
-        if allowed and self._value not in allowed:
-            self.fail(" or ".join(repr(choice) for choice in allowed))
         return self._value
 
     def integer(self, least: int, most: int) -> int:

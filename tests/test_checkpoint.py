@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,9 +53,76 @@ def test_saving_replaces_a_checkpoint_but_nothing_else(tmp_path: Path, folder: P
     other = tmp_path / "documents"
     other.mkdir()
     (other / "letter.txt").write_text("keep me")
-    with pytest.raises(ValueError, match="expected a checkpoint or an empty folder"):
+    with pytest.raises(ValueError, match=r"expected a checkpoint or an empty folder to replace, got also letter\.txt"):
         checkpoint.save(source, other)
     assert (other / "letter.txt").read_text() == "keep me"
+    for place in ("notes.txt", ".git", "encoder/notes.txt"):
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text("keep me")
+        with pytest.raises(ValueError, match=rf"got also {place}"):
+            checkpoint.save(source, folder)
+        assert (folder / place).read_text() == "keep me"
+        (folder / place).unlink()
+    for name in ("config.json", "certificate.json"):
+        (other / name).write_text("{}")
+    (other / "letter.txt").unlink()
+    with pytest.raises(ValueError, match=r"got only certificate\.json, config\.json"):
+        checkpoint.save(source, other)
+
+
+def test_a_place_has_a_name() -> None:
+    for use in (checkpoint.load, checkpoint.check_target):
+        with pytest.raises(ValueError, match=r"^checkpoint: expected a folder, got an empty name"):
+            use("")
+
+
+def test_saving_through_links_and_from_inside(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = checkpoint.load(folder)
+    changed = replace(source, certificate=replace(source.certificate, date="2030-01-01"))
+    link, dangling = tmp_path / "current", tmp_path / "next"
+    link.symlink_to(folder.name)
+    dangling.symlink_to("later")
+    assert checkpoint.load(folder).sha256 != checkpoint.save(changed, link) == checkpoint.load(folder).sha256
+    assert checkpoint.save(source, dangling) == checkpoint.load(tmp_path / "later").sha256
+    assert link.is_symlink()
+    assert dangling.is_symlink()
+    monkeypatch.chdir(folder)
+    assert checkpoint.save(source, ".") == checkpoint.load(folder).sha256
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "later", "next", "router"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_an_interrupt_between_renames_loses_nothing(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    source = checkpoint.load(folder)
+    changed = replace(source, certificate=replace(source.certificate, date="2030-01-01"))
+    rename, left = Path.rename, [renames]
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if left[0] == 0:
+            left[0] = -1
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt) if renames < 2 else contextlib.nullcontext():
+        checkpoint.save(changed, folder)
+    assert checkpoint.load(folder).certificate.date == (source if renames < 2 else changed).certificate.date
+    assert [path.name for path in tmp_path.iterdir()] == ["router"]
+
+
+def test_processes_that_save_to_one_place(tmp_path: Path) -> None:
+    program = (
+        "import sys; from proteus_fast.router import Router; router = Router.load()\n"
+        "for _ in range(20): router.save(sys.argv[1])"
+    )
+    place = tmp_path / "router"
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(place)]) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert checkpoint.load(place).sha256 == checkpoint.load(EMBEDDED).sha256
+    assert [path.name for path in tmp_path.iterdir()] == ["router"]
 
 
 def test_what_could_not_be_loaded_is_not_saved(folder: Path) -> None:
@@ -156,7 +226,13 @@ BAD = {
     "wrong format": (config(lambda c: c.update(format="other")), ValueError, "format: expected 'proteus-fast'"),
     "empty pool": (config(lambda c: c.update(pool=[])), ValueError, "pool: expected a list of 1 to 64"),
     "65 candidates": (config(lambda c: c.update(pool=c["pool"] * 5)), ValueError, "pool: expected a list of 1 to 64"),
-    "a name twice": (config(lambda c: c["pool"].__setitem__(0, c["pool"][1])), ValueError, "distinct names"),
+    "a name twice": (
+        config(lambda c: c["pool"].__setitem__(3, c["pool"][1])), ValueError, r"pool\[3\]\.name: expected printable",
+    ),
+    "a name of lines": (
+        config(lambda c: c["pool"][2].update(name="a\nb")), ValueError, r"pool\[2\]\.name: expected printable",
+    ),
+    "no name": (config(lambda c: c["pool"][2].update(name="")), ValueError, r"pool\[2\]\.name: expected printable"),
     "negative price": (
         config(lambda c: c["pool"][3].update(price_usd=-1)), ValueError, r"pool\[3\]\.price_usd: expected a number"),
     "price as text": (config(lambda c: c["pool"][0].update(price_usd="1")), ValueError, "price_usd: expected"),
