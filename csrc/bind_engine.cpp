@@ -14,8 +14,8 @@ namespace {
 // Below this many rows the work is shorter than a switch of the GIL.
 constexpr std::size_t kReleaseRows = 8;
 
-// Arguments of route and scores: a request and what its pointers refer to. Buffers belong to the
-// thread and do not grow after its first calls.
+// Arguments of route and scores: a request and what its pointers refer to. They are the call's own,
+// as Python may run between one and the next, and call again.
 struct Arguments {
     Request request;
     double tau;
@@ -23,18 +23,10 @@ struct Arguments {
     py::array tau_array;
     py::array price;
     py::array ids;
+    std::vector<double> taus;
+    std::vector<double> prices;
+    std::vector<std::uint64_t> masks;
 };
-
-struct Buffers {
-    std::vector<double> tau;
-    std::vector<double> price;
-    std::vector<std::uint64_t> available;
-};
-
-Buffers& thread_buffers() {
-    thread_local Buffers buffers;
-    return buffers;
-}
 
 std::string count_text(std::size_t n) { return std::to_string(n); }
 
@@ -118,7 +110,6 @@ using Given = std::array<PyObject*, kArguments>;
 bool given(PyObject* object) { return object && object != Py_None; }
 
 void take_arguments(const Snapshot& snapshot, const Given& args, Arguments& out) {
-    Buffers& buffers = thread_buffers();
     Request& request = out.request;
     out.x = take_x(snapshot, args[kX]);
     const auto rows = static_cast<std::size_t>(out.x.shape(0));
@@ -128,7 +119,7 @@ void take_arguments(const Snapshot& snapshot, const Given& args, Arguments& out)
     if (!PyFloat_CheckExact(tau.ptr()) && py::isinstance<py::array>(tau) &&
         py::reinterpret_borrow<py::array>(tau).ndim() > 0) {
         request.tau =
-            take_numbers("tau", tau, rows, 0, request.tau_stride, out.tau_array, buffers.tau);
+            take_numbers("tau", tau, rows, 0, request.tau_stride, out.tau_array, out.taus);
     } else {
         out.tau = take_tau(tau);
         request.tau = &out.tau;
@@ -139,10 +130,10 @@ void take_arguments(const Snapshot& snapshot, const Given& args, Arguments& out)
     const std::size_t k = snapshot.candidates;
     if (given(args[kAvailable]))
         request.available =
-            take_available(args[kAvailable], rows, k, request.available_stride, buffers.available);
+            take_available(args[kAvailable], rows, k, request.available_stride, out.masks);
     if (given(args[kPrice]))
         request.price_usd = take_numbers("price_usd", args[kPrice], rows, k, request.price_stride,
-                                         out.price, buffers.price);
+                                         out.price, out.prices);
     if (given(args[kIds])) {
         out.ids = take_array<std::uint64_t>("ids", args[kIds], 1, "(" + count_text(rows) + ",)");
         std::size_t stride;

@@ -235,6 +235,25 @@ def test_ties_go_to_the_lowest_index_and_mu_one_ignores_cost() -> None:
     assert snapshot.route(ROW, 0.5, available=np.array([1, 0, 1, 1], bool))[0][0] == 2
 
 
+def test_a_call_inside_a_call_leaves_its_arguments_alone() -> None:
+    """Python runs between the arguments: an index, or a finalizer of the collector's, may call again."""
+    router = random_router(np.random.default_rng(4), dim=8, width=0, candidates=4, hidden=8)
+    snapshot = router.build()
+    rows = np.random.default_rng(5).standard_normal((64, 8)).astype(np.float32)
+    only = np.eye(4, dtype=bool)
+    prices = np.full((64, 4), 0.001, np.float32)
+
+    class Seed:
+        def __index__(self) -> int:
+            snapshot.route(rows, np.full(64, 0.1, np.float32), available=np.tile(only[3], (64, 1)), price_usd=prices)
+            return 1
+
+    for candidate in range(3):
+        mask = np.tile(only[candidate], (4, 1))
+        choice = snapshot.route(rows[:4], 0.5, "policy", available=mask, sample=True, seed=Seed())[0]  # type: ignore[arg-type]
+        assert choice.tolist() == [candidate] * 4
+
+
 def test_overflow_is_invalid() -> None:
     x = np.full((2, 8), 3e38, np.float32)
     x[1] = 1.0
