@@ -96,6 +96,8 @@ class Batcher::Entry {
 
 namespace {
 
+constexpr std::chrono::milliseconds kSweepPeriod{10};
+
 // The batcher whose lane this thread is: a backend that waits for itself would wait for ever.
 thread_local const Batcher* lane_of = nullptr;
 
@@ -113,12 +115,12 @@ std::runtime_error closed_error() { return std::runtime_error("batcher: closed")
 
 Batcher::Batcher(std::shared_ptr<const Snapshot> snapshot, BatcherOptions options, Backend backend,
                  const Batcher* before)
-    : options_(options),
+    : snapshot_(std::move(snapshot)),
+      options_(options),
       backend_(std::move(backend)),
       process_(::getpid()),
       shared_counters_(before ? before->shared_counters_ : std::make_shared<Counters>()),
-      counters_(*shared_counters_),
-      snapshot_(std::move(snapshot)) {
+      counters_(*shared_counters_) {
     if (options_.max_batch_size == 0)
         throw std::invalid_argument("max_batch_size: expected at least 1, got 0");
     if (options_.max_queue_rows == 0)
@@ -134,20 +136,6 @@ Batcher::Batcher(std::shared_ptr<const Snapshot> snapshot, BatcherOptions option
 }
 
 Batcher::~Batcher() { close(false); }
-
-std::shared_ptr<const Snapshot> Batcher::snapshot() const {
-    const std::lock_guard lock(snapshot_mutex_);
-    return snapshot_;
-}
-
-void Batcher::swap(std::shared_ptr<const Snapshot> snapshot) {
-    if (backend_.route)
-        throw std::invalid_argument(
-            "snapshot: expected none, as the backend decides by its own, got one");
-    // the old one is released after the lock
-    const std::lock_guard lock(snapshot_mutex_);
-    snapshot_.swap(snapshot);
-}
 
 BatcherStats Batcher::stats() const {
     const auto get = [](const std::atomic<std::uint64_t>& counter) {
@@ -180,7 +168,7 @@ void Batcher::refuse_foreign() const {
 Batcher::Ticket Batcher::submit(Query query, Done done) {
     if (query.rows == 0) throw std::invalid_argument("x: expected at least one row, got none");
     refuse_foreign();
-    check(query, *snapshot(), backend_);
+    check(query, *snapshot_, backend_);
     // not QueueFull, which says that a later call may do better
     if (query.rows > options_.max_queue_rows)
         throw std::invalid_argument((query.x.empty() ? "texts" : "x") +
@@ -190,6 +178,8 @@ Batcher::Ticket Batcher::submit(Query query, Done done) {
     const std::size_t tokens = count_tokens(query, options_.tokens);
     auto ticket = std::make_shared<Entry>(std::move(query), tokens, std::move(done));
     const std::size_t rows = ticket->query.rows;
+    Dropped dropped;
+    std::uint64_t queued = 0;
     {
         const std::lock_guard lock(mutex_);
         if (closed_) throw closed_error();
@@ -197,19 +187,54 @@ Batcher::Ticket Batcher::submit(Query query, Done done) {
             count(counters_.expired);
             throw DeadlinePassed("deadline_s: expected time to compute, got none");
         }
-        const std::uint64_t queued = queued_rows_ + rows;
-        if (queued > options_.max_queue_rows) {
-            count(counters_.rejected);
-            throw QueueFull("queue: expected at most " + std::to_string(options_.max_queue_rows) +
-                            " rows, got " + std::to_string(queued));
+        if (queued_rows_ + rows > options_.max_queue_rows) drop_unwanted(ticket->enqueued, dropped);
+        queued = queued_rows_ + rows;
+        if (queued <= options_.max_queue_rows) {
+            queued_rows_ = queued;
+            queued_tokens_ += tokens;
+            window_end_ = std::min(window_end_, window_end(*ticket));
+            count(counters_.submitted);
+            queue_.push_back(ticket);
         }
-        queued_rows_ = queued;
-        queued_tokens_ += tokens;
-        count(counters_.submitted);
-        queue_.push_back(ticket);
+    }
+    expire(dropped);
+    if (queued > options_.max_queue_rows) {
+        count(counters_.rejected);
+        throw QueueFull("queue: expected at most " + std::to_string(options_.max_queue_rows) +
+                        " rows, got " + std::to_string(queued));
     }
     arrived_.notify_one();
     return ticket;
+}
+
+// A full queue gives up the places of those that are late or have left. Looking at all of it is
+// worth it once in a while, not for every call that is refused under overload.
+void Batcher::drop_unwanted(Clock::time_point now, Dropped& dropped) {
+    if (now - swept_ < kSweepPeriod) return;
+    swept_ = now;
+    const auto leaves = [&](const Ticket& ticket) {
+        const bool late = ticket->late(now);
+        if (!late && ticket->wanted()) return false;
+        queued_rows_ -= ticket->query.rows;
+        queued_tokens_ -= ticket->tokens;
+        (late ? dropped.late : dropped.abandoned).push_back(ticket);
+        return true;
+    };
+    queue_.erase(std::remove_if(queue_.begin(), queue_.end(), leaves), queue_.end());
+}
+
+void Batcher::expire(const Dropped& dropped) {
+    count(counters_.expired, dropped.late.size() + dropped.abandoned.size());
+    for (const Ticket& ticket : dropped.late)
+        ticket->fail(std::make_exception_ptr(
+            DeadlinePassed("deadline_s: expected an answer in time, got none")));
+}
+
+// Until when the batch with this entry may wait for others.
+Clock::time_point Batcher::window_end(const Entry& entry) const {
+    const auto end = entry.enqueued + options_.window;
+    if (!entry.query.deadline) return end;
+    return std::min(end, entry.enqueued + (*entry.query.deadline - entry.enqueued) / 2);
 }
 
 bool Batcher::wait(const Ticket& ticket, Clock::duration slice) { return ticket->wait(slice); }
@@ -247,20 +272,18 @@ std::vector<Batcher::Ticket> Batcher::next_batch() {
     const std::size_t budget = options_.tokens.budget;
     for (;;) {
         std::vector<Ticket> batch;
-        // released after the lock, whatever that takes
-        std::vector<Ticket> late;
-        std::vector<Ticket> left;
+        Dropped dropped;
         {
             std::unique_lock lock(mutex_);
             arrived_.wait(lock, [&] { return closed_ || !queue_.empty(); });
             if (queue_.empty()) return {};
-            if (options_.window.count() > 0) {
-                const auto until = queue_.front()->enqueued + options_.window;
-                arrived_.wait_until(lock, until, [&] {
-                    return closed_ || queued_rows_ >= options_.max_batch_size ||
-                           (budget > 0 && queued_tokens_ >= budget);
-                });
-            }
+            const auto full = [&] {
+                return closed_ || queued_rows_ >= options_.max_batch_size ||
+                       (budget > 0 && queued_tokens_ >= budget);
+            };
+            // a call that arrives may bring the end nearer
+            while (options_.window.count() > 0 && !full() && Clock::now() < window_end_)
+                arrived_.wait_until(lock, window_end_);
             std::size_t rows = 0;
             std::size_t tokens = 0;
             const auto now = Clock::now();
@@ -272,9 +295,9 @@ std::vector<Batcher::Ticket> Batcher::next_batch() {
                                        (budget > 0 && tokens + cost > budget)))
                     break;
                 if (front->late(now)) {
-                    late.push_back(std::move(front));
+                    dropped.late.push_back(std::move(front));
                 } else if (!front->start()) {
-                    left.push_back(std::move(front));
+                    dropped.abandoned.push_back(std::move(front));
                 } else {
                     rows += more;
                     tokens += cost;
@@ -284,53 +307,40 @@ std::vector<Batcher::Ticket> Batcher::next_batch() {
                 queued_tokens_ -= cost;
                 queue_.pop_front();
             }
-            count(counters_.expired, late.size() + left.size());
+            window_end_ = queue_.empty() ? Clock::time_point::max() : window_end(*queue_.front());
         }
-        for (const Ticket& ticket : late)
-            ticket->fail(std::make_exception_ptr(
-                DeadlinePassed("deadline_s: expected an answer in time, got none")));
+        expire(dropped);
         if (!batch.empty()) return batch;
     }
 }
 
 void Batcher::decide_batch(const std::vector<Ticket>& batch) {
     const auto begin = Clock::now();
-    // held to the end of the batch: its answers come from one snapshot
-    const std::shared_ptr<const Snapshot> snapshot = this->snapshot();
     std::vector<const Query*> queries;
-    std::vector<Ticket> taken;
-    std::vector<std::pair<Ticket, std::exception_ptr>> refused;
     std::size_t rows = 0;
     for (const Ticket& ticket : batch) {
-        try {
-            // again: a swap may have brought a snapshot that a queued entry does not fit
-            check(ticket->query, *snapshot, backend_);
-            queries.push_back(&ticket->query);
-            taken.push_back(ticket);
-            rows += ticket->query.rows;
-        } catch (...) {
-            refused.emplace_back(ticket, std::current_exception());
-        }
+        queries.push_back(&ticket->query);
+        rows += ticket->query.rows;
     }
     std::vector<Answer> answers;
     std::exception_ptr error;
     bool given_up = false;
     try {
         const auto wanted = [&] {
-            return std::any_of(taken.begin(), taken.end(),
+            return std::any_of(batch.begin(), batch.end(),
                                [](const Ticket& ticket) { return ticket->wanted(); });
         };
         BatchTimes times;
-        answers = compute(*snapshot, backend_, options_.tokens, queries, wanted, times);
+        answers = compute(*snapshot_, backend_, options_.tokens, queries, wanted, times);
         const auto end = Clock::now();
-        for (std::size_t i = 0; i < taken.size(); ++i) {
-            answers[i].queue_ns = nanoseconds(begin - taken[i]->enqueued);
+        for (std::size_t i = 0; i < batch.size(); ++i) {
+            answers[i].queue_ns = nanoseconds(begin - batch[i]->enqueued);
             counters_.queue.add(answers[i].queue_ns);
-            counters_.total.add(nanoseconds(end - taken[i]->enqueued));
+            counters_.total.add(nanoseconds(end - batch[i]->enqueued));
         }
         counters_.encode.add(times.encode_ns);
         counters_.decide.add(times.decide_ns);
-        if (Tally* tally = snapshot->options.tally.get())
+        if (Tally* tally = snapshot_->options.tally.get())
             for (const Answer& answer : answers)
                 for (std::size_t r = 0; r < answer.choice.size(); ++r)
                     tally->add(answer.choice[r], answer.status[r]);
@@ -343,15 +353,13 @@ void Batcher::decide_batch(const std::vector<Ticket>& batch) {
     }
     // before the answers leave, so that a caller who has one sees it counted
     count(counters_.batches);
-    count(counters_.expired, given_up ? taken.size() : 0);
-    count(counters_.failed, refused.size() + (error && !given_up ? taken.size() : 0));
-    count(counters_.completed, error ? 0 : taken.size());
-    for (const auto& [ticket, reason] : refused) ticket->fail(reason);
-    for (std::size_t i = 0; i < taken.size(); ++i) {
+    count(error ? given_up ? counters_.expired : counters_.failed : counters_.completed,
+          batch.size());
+    for (std::size_t i = 0; i < batch.size(); ++i) {
         if (error) {
-            taken[i]->fail(error);
+            batch[i]->fail(error);
         } else {
-            taken[i]->finish(std::move(answers[i]));
+            batch[i]->finish(std::move(answers[i]));
         }
     }
 }

@@ -29,6 +29,8 @@ struct QueueFull : std::runtime_error {
 struct BatcherOptions {
     std::size_t max_batch_size = 256;
     std::size_t max_queue_rows = 4096;
+    // For which the first of a batch waits for others, but no longer than half of the time that
+    // the deadline of any leaves.
     std::chrono::microseconds window{0};
     TokenLimits tokens{};
     // Threads that form and compute batches in turn, one batch each. One is right where the backend
@@ -72,8 +74,8 @@ class Batcher {
     // Throws QueueFull, DeadlinePassed, std::invalid_argument, also for more rows than the queue
     // ever holds, or std::runtime_error once closed.
     // `done` is called once, when there is an outcome to take, unless the ticket was abandoned
-    // before: on a lane's thread or the one that closes, under no lock. It may not throw or block;
-    // an event loop's pushes a tag into its Completions.
+    // before: on a lane's thread, or one that submits or closes, under no lock. It may not throw or
+    // block; an event loop's pushes a tag into its Completions.
     Ticket submit(Query query, Done done = nullptr);
 
     // Waits at most `slice`; true once there is an outcome. Throws DeadlinePassed at the deadline.
@@ -88,9 +90,6 @@ class Batcher {
     // Says that nobody waits any more: a queued entry is dropped when its turn comes.
     static void abandon(const Ticket& ticket);
 
-    // Takes effect between batches. Throws std::invalid_argument with a backend that decides.
-    void swap(std::shared_ptr<const Snapshot> snapshot);
-
     // Refuses new entries; finishes the queued ones, or fails them. Returns once the lanes are
     // gone, that is, after the batches that are being computed. Nothing happens in a fork.
     void close(bool drain);
@@ -100,7 +99,6 @@ class Batcher {
 
     BatcherStats stats() const;
     BatcherTimes times() const;
-    std::shared_ptr<const Snapshot> snapshot() const;
     bool takes_prompts() const { return backend_.takes_prompts(); }
 
   private:
@@ -123,21 +121,31 @@ class Batcher {
     void decide_batch(const std::vector<Ticket>& batch);
     void refuse_foreign() const;
 
+    // What has left the queue without being computed, released after the lock.
+    struct Dropped {
+        std::vector<Ticket> late;
+        std::vector<Ticket> abandoned;
+    };
+
+    void drop_unwanted(Clock::time_point now, Dropped& dropped);
+    void expire(const Dropped& dropped);
+    Clock::time_point window_end(const Entry& entry) const;
+
+    const std::shared_ptr<const Snapshot> snapshot_;
     const BatcherOptions options_;
     const Backend backend_;
     const pid_t process_;
     const std::shared_ptr<Counters> shared_counters_;
     Counters& counters_;
 
-    mutable std::mutex snapshot_mutex_;
-    std::shared_ptr<const Snapshot> snapshot_;
-
     std::mutex turn_;   // held by the lane that forms a batch
-    std::mutex mutex_;  // guards the next five; the counts are written under it, read without
+    std::mutex mutex_;  // guards the next seven; the counts are written under it, read without
     std::condition_variable arrived_;
     std::deque<Ticket> queue_;
     std::atomic<std::uint64_t> queued_rows_{0};
     std::uint64_t queued_tokens_ = 0;
+    Clock::time_point window_end_ = Clock::time_point::max();  // of the batch to come
+    Clock::time_point swept_{};                                // when drop_unwanted last ran
     bool closed_ = false;
 
     std::mutex join_mutex_;

@@ -67,6 +67,10 @@ void with_python(F call) {
         call();
     } catch (const py::error_already_set& error) {
         throw BackendFailed(error);
+    } catch (const py::builtin_exception& error) {
+        // what it returned is wrong: no argument of the callers is
+        error.set_error();
+        throw BackendFailed(py::error_already_set());
     }
 }
 

@@ -18,6 +18,9 @@ namespace {
 // How long a waiting call ignores signals.
 constexpr std::chrono::milliseconds kSignalSlice{50};
 
+// A minute, long before the clock's range ends.
+constexpr std::int64_t kMaxWindowUs = 60'000'000;
+
 // Read and written with the GIL.
 struct Exit {
     bool begun = false;
@@ -227,16 +230,13 @@ py::dict times(const Batcher& batcher) {
     return out;
 }
 
-std::shared_ptr<const Snapshot> take_snapshot(py::handle object) {
-    auto snapshot = take_shared<Snapshot>("snapshot", "a Snapshot", object);
-    if (!snapshot) reject_type("snapshot", "a Snapshot", "None");
-    return snapshot;
-}
-
-std::size_t take_size(const char* argument, py::handle object, std::int64_t least) {
+std::size_t take_size(const char* argument, py::handle object, std::int64_t least,
+                      std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
     const auto value = take_integer<std::int64_t>(argument, object);
     if (value < least)
         reject_value(argument, "at least " + std::to_string(least), std::to_string(value));
+    if (value > most)
+        reject_value(argument, "at most " + std::to_string(most), std::to_string(value));
     return static_cast<std::size_t>(value);
 }
 
@@ -280,11 +280,13 @@ std::shared_ptr<Batcher> make_batcher(py::handle snapshot, py::handle encode, py
     BatcherOptions options;
     options.max_batch_size = take_size("max_batch_size", max_batch_size, 1);
     options.max_queue_rows = take_size("max_queue_rows", max_queue_rows, 1);
-    options.window = std::chrono::microseconds(take_size("window_us", window_us, 0));
+    options.window = std::chrono::microseconds(take_size("window_us", window_us, 0, kMaxWindowUs));
     options.tokens.budget = take_size("token_budget", token_budget, 0);
     options.tokens.text = take_size("max_text_tokens", max_text_tokens, 0);
     options.lanes = take_size("lanes", lanes, 1);
-    auto held = take_snapshot(snapshot);
+    std::shared_ptr<const Snapshot> held =
+        take_shared<Snapshot>("snapshot", "a Snapshot", snapshot);
+    if (!held) reject_type("snapshot", "a Snapshot", "None");
     const auto previous = take_shared<Batcher>("before", "a Batcher or None", before);
     Backend backend = make_backend(encode, route, held->candidates);
     const std::shared_ptr<Batcher> batcher(
@@ -371,10 +373,6 @@ void bind_batcher(py::module_& module) {
              py::arg("guarantee") = "certified", py::arg("available") = ~std::uint64_t{0},
              py::arg("deadline_s") = none,
              "As route, at once: tag comes out of completions when there is an outcome.")
-        .def(
-            "swap",
-            [](Batcher& batcher, py::handle snapshot) { batcher.swap(take_snapshot(snapshot)); },
-            py::arg("snapshot"), "Decide the next batches by another snapshot.")
         .def("close", &close, py::arg("drain") = true,
              "Refuse new calls; finish the queued ones, or fail them with drain=False.")
         .def("stats", &stats, "Counts since the start, and queued_rows now.")

@@ -55,15 +55,11 @@ void check_answer(const Snapshot& snapshot, const Query& query, const Answer& an
         CHECK(answer.choice[r] < 0 || answer.score[r] == expected.score[r]);
 }
 
-// Eight threads with mixed options while snapshots are swapped each millisecond: each answer is
-// the one of the snapshot that it names.
+// Eight threads with mixed options.
 void stress(int operations, std::size_t lanes) {
-    std::vector<std::shared_ptr<const Snapshot>> snapshots;
-    for (int version = 0; version < 4; ++version)
-        snapshots.push_back(make_snapshot(kShape, version + 1, version));
+    const auto snapshot = make_snapshot(kShape);
     // eight callers of up to five rows sometimes find this queue full
-    Batcher batcher(snapshots[0], {8, 32, 0us, {}, lanes});
-    std::atomic<bool> stop{false};
+    Batcher batcher(snapshot, {8, 32, 0us, {}, lanes});
     std::atomic<std::uint64_t> answered{0};
     std::atomic<std::uint64_t> shed{0};
     std::vector<std::thread> threads;
@@ -83,7 +79,7 @@ void stress(int operations, std::size_t lanes) {
                         continue;
                     }
                     const Answer answer = await(ticket);
-                    check_answer(*snapshots[answer.version], copy, answer);
+                    check_answer(*snapshot, copy, answer);
                     ++answered;
                 } catch (const QueueFull&) {
                     ++shed;
@@ -93,92 +89,18 @@ void stress(int operations, std::size_t lanes) {
             }
         });
     const Clock::time_point begin = Clock::now();
-    std::size_t swaps = 0;
-    std::thread swapper([&] {
-        // a sleep that was too long is made up for; whoever drops a copy last destroys it
-        for (; !stop; std::this_thread::sleep_until(begin + swaps * 1ms))
-            batcher.swap(std::make_shared<const Snapshot>(*snapshots[++swaps % snapshots.size()]));
-    });
     for (auto& thread : threads) thread.join();
     const std::chrono::duration<double, std::milli> took = Clock::now() - begin;
-    stop = true;
-    swapper.join();
     batcher.close(true);
     const BatcherStats stats = batcher.stats();
     CHECK(stats.queued_rows == 0);
     CHECK(stats.completed >= answered && stats.rejected == shed && stats.failed == 0);
     CHECK(stats.completed + stats.expired >= stats.submitted);
-    std::printf("%llu answers in %llu batches, %llu shed, %llu expired, %zu swaps in %.0f ms\n",
+    std::printf("%llu answers in %llu batches, %llu shed, %llu expired in %.0f ms\n",
                 static_cast<unsigned long long>(answered.load()),
                 static_cast<unsigned long long>(stats.batches),
                 static_cast<unsigned long long>(stats.rejected),
-                static_cast<unsigned long long>(stats.expired), swaps, took.count());
-}
-
-// A worker held by a long window: what comes next stays in the queue.
-void queue_is_bounded_and_deadlines_hold() {
-    Batcher batcher(make_snapshot(kShape), {64, 8, 300ms});
-    const auto first = batcher.submit(make_query(6, 1));
-    CHECK(
-        throws<QueueFull>([&] { batcher.submit(make_query(3, 2)); }, "queue: expected at most 8"));
-    // what never fits is not worth another try
-    CHECK(throws<std::invalid_argument>([&] { batcher.submit(make_query(9, 2)); },
-                                        "x: expected at most 8 rows (max_queue_rows), got 9"));
-    Query late = make_query(2, 3);
-    late.deadline = Clock::now() + 20ms;
-    const auto begin = Clock::now();
-    const auto second = batcher.submit(late);
-    CHECK(throws<DeadlinePassed>([&] { await(second); }, "deadline_s: expected"));
-    CHECK(Clock::now() - begin < 200ms);
-    CHECK(await(first).choice.size() == 6);
-    const BatcherStats stats = batcher.stats();
-    CHECK(stats.expired == 1 && stats.rejected == 1 && stats.rows == 6 && stats.batches == 1);
-    late.deadline = Clock::now() - 1ms;
-    CHECK(throws<DeadlinePassed>([&] { batcher.submit(late); }, "deadline_s: expected"));
-}
-
-void closing_drains_or_fails() {
-    for (const bool drain : {true, false}) {
-        Batcher batcher(make_snapshot(kShape), {4, 64, 200ms});
-        std::vector<Batcher::Ticket> tickets;
-        for (unsigned i = 0; i < 3; ++i) tickets.push_back(batcher.submit(make_query(1, i)));
-        batcher.close(drain);
-        for (const auto& ticket : tickets) {
-            if (drain) {
-                CHECK(await(ticket).choice.size() == 1);
-            } else {
-                CHECK(throws<std::runtime_error>([&] { await(ticket); }, "batcher: closed"));
-            }
-        }
-        batcher.close(drain);
-        CHECK(throws<std::runtime_error>([&] { batcher.submit(make_query(1, 1)); },
-                                         "batcher: closed"));
-    }
-}
-
-// Only the entries that do not fit the new snapshot fail.
-void a_swap_fails_what_no_longer_fits() {
-    Batcher batcher(make_snapshot(kShape, 1, 1), {64, 64, 100ms});
-    Query policy = make_query(2, 1);
-    policy.mode = Mode::kPolicy;
-    const auto wrong = batcher.submit(policy);
-    const auto right = batcher.submit(make_query(3, 2));
-    Query text;
-    text.rows = 2;
-    text.tau = {0.5, 0.9};
-    text.texts = {ClippedText("hello"), ClippedText("world")};
-    const auto encoded = batcher.submit(text);
-    Shape shape = kShape;
-    shape.hidden = 0;
-    batcher.swap(make_snapshot(shape, 2, 2));
-    CHECK(throws<std::invalid_argument>([&] { await(wrong); }, "mode: expected"));
-    CHECK(await(right).version == 2);
-    CHECK(await(encoded).choice.size() == 2);
-    CHECK(batcher.stats().failed == 1 && batcher.stats().completed == 2);
-    CHECK(throws<std::invalid_argument>([&] { batcher.submit(policy); }, "mode: expected"));
-    Query narrow = make_query(1, 1);
-    narrow.x.pop_back();
-    CHECK(throws<std::invalid_argument>([&] { batcher.submit(narrow); }, "x: expected"));
+                static_cast<unsigned long long>(stats.expired), took.count());
 }
 
 // Holds whoever calls `pass` until it is opened, and knows how many have come.
@@ -221,6 +143,120 @@ void encode_plainly(std::span<const std::string_view> texts, std::size_t dim, fl
         const auto row = fixture::random_rows(1, dim, std::hash<std::string_view>()(texts[r]));
         std::copy(row.begin(), row.end(), x + r * dim);
     }
+}
+
+// Encodes plainly once its gate is open; counts the texts.
+struct HeldEncoder {
+    Gate gate;
+    std::atomic<int> encoded{0};
+
+    Backend backend() {
+        Backend made;
+        made.encode = [this](std::span<const std::string_view> texts, std::size_t dim, float* x) {
+            encoded += static_cast<int>(texts.size());
+            gate.pass();
+            encode_plainly(texts, dim, x);
+        };
+        return made;
+    }
+};
+
+// A lane that is held: what comes next stays in the queue.
+void queue_is_bounded_and_deadlines_hold() {
+    HeldEncoder encoder;
+    Batcher batcher(make_snapshot(kShape), {64, 8, 0us}, encoder.backend());
+    const auto held = batcher.submit(make_prompts({"held"}));
+    encoder.gate.await(1);
+    const auto first = batcher.submit(make_query(6, 1));
+    CHECK(
+        throws<QueueFull>([&] { batcher.submit(make_query(3, 2)); }, "queue: expected at most 8"));
+    // what never fits is not worth another try
+    CHECK(throws<std::invalid_argument>([&] { batcher.submit(make_query(9, 2)); },
+                                        "x: expected at most 8 rows (max_queue_rows), got 9"));
+    Query late = make_query(2, 3);
+    late.deadline = Clock::now() + 20ms;
+    const auto begin = Clock::now();
+    const auto second = batcher.submit(late);
+    CHECK(throws<DeadlinePassed>([&] { await(second); }, "deadline_s: expected"));
+    CHECK(Clock::now() - begin < 200ms);
+    encoder.gate.open();
+    CHECK(await(first).choice.size() == 6);
+    CHECK(await(held).choice.size() == 1);
+    const BatcherStats stats = batcher.stats();
+    CHECK(stats.expired == 1 && stats.rejected == 1 && stats.rows == 7 && stats.batches == 2);
+    late.deadline = Clock::now() - 1ms;
+    CHECK(throws<DeadlinePassed>([&] { batcher.submit(late); }, "deadline_s: expected"));
+}
+
+// A call that finds the queue full takes the places of those that nobody waits for.
+void who_has_left_takes_no_place() {
+    HeldEncoder encoder;
+    Batcher batcher(make_snapshot(kShape), {64, 4, 0us}, encoder.backend());
+    const auto held = batcher.submit(make_prompts({"held"}));
+    encoder.gate.await(1);
+    const auto left = batcher.submit(make_query(1, 1));
+    Query late = make_query(2, 2);
+    late.deadline = Clock::now() + 50ms;
+    std::atomic<int> done{0};
+    const auto expired = batcher.submit(late, [&] { ++done; });
+    const auto stays = batcher.submit(make_query(1, 3));
+    Batcher::abandon(left);
+    while (Clock::now() < *late.deadline) std::this_thread::sleep_for(1ms);
+    const auto next = batcher.submit(make_query(3, 4));
+    CHECK(done == 1 && Batcher::ready(expired) && batcher.stats().expired == 2);
+    CHECK(batcher.stats().queued_rows == 4);
+    CHECK(throws<QueueFull>([&] { batcher.submit(make_query(1, 5)); },
+                            "queue: expected at most 4 rows, got 5"));
+    encoder.gate.open();
+    CHECK(await(stays).choice.size() == 1 && await(next).choice.size() == 3);
+    CHECK(await(held).choice.size() == 1);
+    CHECK(throws<DeadlinePassed>([&] { Batcher::take(expired); }, "deadline_s: expected"));
+}
+
+// A window ends while the deadlines in it can still be met.
+void a_window_leaves_time_for_deadlines() {
+    Batcher batcher(make_snapshot(kShape), {64, 64, 60s});
+    const auto patient = batcher.submit(make_query(1, 1));
+    Query urgent = make_query(2, 2);
+    urgent.deadline = Clock::now() + 400ms;
+    const auto begin = Clock::now();
+    CHECK(await(batcher.submit(urgent)).choice.size() == 2);
+    CHECK(Clock::now() - begin > 100ms);
+    CHECK(await(patient).choice.size() == 1);
+    CHECK(batcher.stats().batches == 1);
+}
+
+void closing_drains_or_fails() {
+    for (const bool drain : {true, false}) {
+        Batcher batcher(make_snapshot(kShape), {4, 64, 200ms});
+        std::vector<Batcher::Ticket> tickets;
+        for (unsigned i = 0; i < 3; ++i) tickets.push_back(batcher.submit(make_query(1, i)));
+        batcher.close(drain);
+        for (const auto& ticket : tickets) {
+            if (drain) {
+                CHECK(await(ticket).choice.size() == 1);
+            } else {
+                CHECK(throws<std::runtime_error>([&] { await(ticket); }, "batcher: closed"));
+            }
+        }
+        batcher.close(drain);
+        CHECK(throws<std::runtime_error>([&] { batcher.submit(make_query(1, 1)); },
+                                         "batcher: closed"));
+    }
+}
+
+// What the snapshot cannot answer is refused before it is queued.
+void a_query_fits_the_snapshot() {
+    Shape shape = kShape;
+    shape.hidden = 0;
+    Batcher batcher(make_snapshot(shape), {64, 64, 0us});
+    Query policy = make_query(2, 1);
+    policy.mode = Mode::kPolicy;
+    CHECK(throws<std::invalid_argument>([&] { batcher.submit(policy); }, "mode: expected"));
+    Query narrow = make_query(1, 1);
+    narrow.x.pop_back();
+    CHECK(throws<std::invalid_argument>([&] { batcher.submit(narrow); }, "x: expected"));
+    CHECK(batcher.stats().submitted == 0);
 }
 
 void check_prompts(const Snapshot& snapshot, const Query& query, const Answer& answer) {
@@ -292,7 +328,6 @@ void a_backend_may_decide_alone() {
     CHECK(answer.scores.empty() && answer.candidates == 0);
     CHECK((await(rows).choice == std::vector<std::int32_t>{100, 100}));
     CHECK(batcher.stats().batches == 1);
-    CHECK(throws<std::invalid_argument>([&] { batcher.swap(snapshot); }, "snapshot: expected"));
 }
 
 // With two lanes the next batch is formed and begun while a batch runs, a third is not.
@@ -352,21 +387,14 @@ void a_failing_backend_fails_its_batch_only() {
 
 // What nobody waits for is not encoded: in the queue, nor the rest of a large call.
 void what_is_not_wanted_is_not_encoded() {
-    Gate gate;
-    std::atomic<int> encoded{0};
-    Backend backend;
-    backend.encode = [&](std::span<const std::string_view> texts, std::size_t dim, float* x) {
-        encoded += static_cast<int>(texts.size());
-        gate.pass();
-        encode_plainly(texts, dim, x);
-    };
-    Batcher batcher(make_snapshot(kShape), {64, 64, 0us, {.budget = 2}}, backend);
+    HeldEncoder encoder;
+    Batcher batcher(make_snapshot(kShape), {64, 64, 0us, {.budget = 2}}, encoder.backend());
     std::atomic<int> done{0};
     const auto count = [&] { ++done; };
     // the first two of these twenty are a batch's budget
     Query large = make_prompts(std::vector<std::string>(20, "text"));
     const auto running = batcher.submit(large, count);
-    gate.await(1);
+    encoder.gate.await(1);
     Query late = make_prompts({"late"});
     late.deadline = Clock::now() + 5ms;
     const auto expired = batcher.submit(late, count);
@@ -375,9 +403,9 @@ void what_is_not_wanted_is_not_encoded() {
     Batcher::abandon(running);
     Batcher::abandon(cancelled);
     while (Clock::now() < *late.deadline) std::this_thread::sleep_for(1ms);
-    gate.open();
+    encoder.gate.open();
     CHECK(await(kept).choice.size() == 1);
-    CHECK(encoded == 3);
+    CHECK(encoder.encoded == 3);
     CHECK(Batcher::ready(expired) && !Batcher::ready(running) && !Batcher::ready(cancelled));
     CHECK(throws<DeadlinePassed>([&] { Batcher::take(expired); }, "deadline_s: expected"));
     CHECK(batcher.stats().expired == 3 && batcher.stats().failed == 0);
@@ -458,7 +486,9 @@ int main(int argc, char** argv) {
     stress(operations, 2);
     queue_is_bounded_and_deadlines_hold();
     closing_drains_or_fails();
-    a_swap_fails_what_no_longer_fits();
+    a_query_fits_the_snapshot();
+    who_has_left_takes_no_place();
+    a_window_leaves_time_for_deadlines();
     callers_share_an_encoder();
     a_backend_may_decide_alone();
     a_second_lane_works_ahead();
