@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from proteus_fast import Router
-from proteus_fast.arrays import to_host
+from proteus_fast.arrays import to_numpy
 from proteus_fast.certificate import Status
 from proteus_fast.evaluation.metrics import SELECTION_TARGETS, bootstrap_costs, plug_in_curve, relative_targets
 from proteus_fast.evaluation.outcomes import OutcomeTable, concatenate, read_division, read_table
@@ -89,7 +89,7 @@ def measure(folder: Path, routers: dict[str, Router], mean_of: Sequence[str], dr
             raise ValueError(f"{folder}: expected the fit rows that {name} was trained on, got others")
         if router.pool.names != first.pool.names:
             raise ValueError(f"{name}: expected the candidates of the first router, got others")
-        h = to_host(router.encode(table.prompts))
+        h = to_numpy(router.encode(table.prompts), "embeddings", from_gpu=True)
         predicted[name] = router.snapshot.scores(h, ANY_TAU)[5].astype(np.float64)
         served[name] = tuple(serve(router, h[len(val) :], test, float(tau)) for tau in targets)
         times[name] = time_routes(router, test.prompts)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from proteus_fast._core import QueueFullError
+    from proteus_fast.answers import Decision, Explanation, Feasibility, RouteBatch
     from proteus_fast.batcher import Batcher
     from proteus_fast.certificate import Certificate, Status, plan
     from proteus_fast.evaluation.report import Report, evaluate
     from proteus_fast.pool import Candidate, Pool
-    from proteus_fast.router import Decision, Explanation, Feasibility, RouteBatch, Router, current, route_batch, use
+    from proteus_fast.router import Router, current, route_batch, use
     from proteus_fast.training.train import TrainConfig, train
 
 __version__ = "0.1.0"
@@ -30,10 +31,10 @@ _HOMES = {
     "evaluate": "evaluation.report",
     "Candidate": "pool",
     "Pool": "pool",
-    "Decision": "router",
-    "Explanation": "router",
-    "Feasibility": "router",
-    "RouteBatch": "router",
+    "Decision": "answers",
+    "Explanation": "answers",
+    "Feasibility": "answers",
+    "RouteBatch": "answers",
     "Router": "router",
     "current": "router",
     "route_batch": "router",

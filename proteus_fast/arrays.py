@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DLPACK_CUDA = 2
+# how the core's errors begin that are about a caller's rows
+_ROWS = re.compile(r"^(?:texts|x)(\[\d+\])?(?=: )")
 
 
 def is_for_torch(tensor: Any) -> bool:
@@ -19,8 +22,11 @@ def is_for_torch(tensor: Any) -> bool:
     return hasattr(tensor, "__dlpack_device__") and int(tensor.__dlpack_device__()[0]) == _DLPACK_CUDA
 
 
-def to_numpy(tensor: Any, name: str) -> NDArray[Any]:
+def to_numpy(tensor: Any, name: str, *, from_gpu: bool = False) -> NDArray[Any]:
     """View an array of any kind on the CPU as NumPy, without a copy where that is possible.
+
+    Args:
+        from_gpu: copy a torch tensor that is on one, which waits for it.
 
     Raises:
         TypeError: not a NumPy array, torch tensor or DLPack producer. ValueError: not on the CPU.
@@ -29,23 +35,18 @@ def to_numpy(tensor: Any, name: str) -> NDArray[Any]:
         return tensor
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
-        if tensor.device.type != "cpu":
+        if tensor.device.type != "cpu" and not from_gpu:
             raise ValueError(f"{name}: expected a CPU tensor, got one on {tensor.device}")
-        tensor = tensor.detach()
+        tensor = tensor.detach().cpu()
         view: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         return view
     if hasattr(tensor, "__dlpack__"):
         try:
             return np.from_dlpack(tensor)
         except (BufferError, RuntimeError) as error:
-            raise ValueError(f"{name}: expected a DLPack array on the CPU, got {error}") from None
+            expected = "a DLPack array that NumPy can hold, on the CPU"
+            raise ValueError(f"{name}: expected {expected}, got {error}") from None
     raise TypeError(f"{name}: expected a NumPy array, torch tensor or DLPack array, got {type(tensor).__name__}")
-
-
-def to_host(array: Any) -> NDArray[Any]:
-    """An array as NumPy, from a GPU too, for which this waits."""
-    host: NDArray[Any] = array if isinstance(array, np.ndarray) else array.cpu().numpy()
-    return host
 
 
 def from_numpy(array: NDArray[Any], like: Any) -> Any:
@@ -57,9 +58,15 @@ def from_numpy(array: NDArray[Any], like: Any) -> Any:
     return array if namespace is None else namespace().from_dlpack(array)
 
 
+def laid_out(array: NDArray[Any]) -> NDArray[Any]:
+    """An array as the core takes it, contiguous and aligned; a copy where it is not."""
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else np.require(array, requirements=["C", "A"])
+
+
 def to_float32(array: NDArray[Any], name: str) -> NDArray[np.float32]:
-    if array.dtype == np.float32 and array.flags.c_contiguous:
-        return array
+    if array.dtype == np.float32:
+        return laid_out(array)
     if array.dtype.kind != "f":
         raise TypeError(f"{name}: expected a floating dtype, got {array.dtype}")
     return np.ascontiguousarray(array, np.float32)
@@ -77,7 +84,17 @@ def to_tau(tau: Any) -> float | NDArray[np.float64]:
     array = np.asarray(tau, np.float64) if _is_numbers(tau) else to_numpy(tau, "tau")
     if array.dtype.kind != "f":
         raise TypeError(f"tau: expected a floating dtype, got {array.dtype}")
-    return float(array) if array.ndim == 0 else np.ascontiguousarray(array, np.float64)
+    return float(array) if array.ndim == 0 else laid_out(array.astype(np.float64, copy=False))
+
+
+def to_target(tau: Any) -> float:
+    """One accuracy target, in [0, 1]."""
+    target = to_tau(tau)
+    if not isinstance(target, float):
+        raise TypeError(f"tau: expected one number, got {type(tau).__name__}")
+    if not 0.0 <= target <= 1.0:
+        raise ValueError(f"tau: expected a number in [0, 1], got {tau}")
+    return target
 
 
 def to_prices(value: Any) -> NDArray[np.float32]:
@@ -94,3 +111,11 @@ def to_prices(value: Any) -> NDArray[np.float32]:
     if not (np.isfinite(prices) & (prices >= 0)).all():
         raise ValueError("price_usd: expected finite values >= 0, got others")
     return prices
+
+
+def by_the_caller_s_name(error: TypeError | ValueError, name: str) -> TypeError | ValueError:
+    """An error of the core about rows, which names what the caller gave: `name` of a list, or of one text."""
+    text, found = _ROWS.subn(lambda match: name + (match[1] or "" if name == "queries" else ""), str(error))
+    if not found:
+        return error
+    return TypeError(text) if isinstance(error, TypeError) else ValueError(text)

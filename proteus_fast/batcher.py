@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
@@ -16,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proteus_fast import _core
-from proteus_fast.arrays import from_numpy, to_float32, to_host, to_numpy, to_tau
-from proteus_fast.certificate import Guarantee, Mode, tau_index
+from proteus_fast.answers import Decision, RouteBatch
+from proteus_fast.arrays import by_the_caller_s_name, from_numpy, to_float32, to_numpy, to_tau
+from proteus_fast.certificate import Guarantee, Mode
 from proteus_fast.encoder import LazyEncoder
-from proteus_fast.router import Decision, RouteBatch, Router
+from proteus_fast.router import Router, check_query
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,8 +29,6 @@ ALL_CANDIDATES = (1 << 64) - 1
 CPU_TOKEN_BUDGET = 1024
 # what the core takes for no deadline
 _NO_DEADLINE_S = 3e7
-# how the core's errors begin that are about a caller's rows
-_ROWS = re.compile(r"^(?:texts|x)(\[\d+\])?(?=: )")
 
 
 def backend_options(router: Router, device: str = "cpu") -> dict[str, Any]:
@@ -61,7 +59,7 @@ def backend_options(router: Router, device: str = "cpu") -> dict[str, Any]:
     on_cpu = not isinstance(encoder, LazyEncoder) or encoder._device == "cpu"
 
     def encode(texts: list[str]) -> NDArray[np.float32]:
-        return to_float32(to_host(router.encode(texts)), "encode")
+        return to_float32(to_numpy(router.encode(texts), "encode", from_gpu=True), "encode")
 
     if on_cpu:
         return {**options, "encode": encode, "token_budget": CPU_TOKEN_BUDGET, "lanes": 1}
@@ -70,15 +68,29 @@ def backend_options(router: Router, device: str = "cpu") -> dict[str, Any]:
     return {**options, "encode": encode, "token_budget": TOKEN_BUDGET, "lanes": 2}
 
 
-def _own_encoder(router: Router, device: str, encode: Callable[[list[str]], Any]) -> dict[str, Any]:
-    """What ``_core.Batcher`` needs to encode by a caller's function."""
+class _OwnEncoder:
+    """A caller's function as the core's encoder. It lets go of the function when told to: what the core refers to no
+    collector sees, and the function may be a method of whoever has the batcher."""
+
+    def __init__(self, encode: Callable[[list[str]], Any]) -> None:
+        self._encode: Callable[[list[str]], Any] | None = encode
+
+    def __call__(self, texts: list[str]) -> NDArray[np.float32]:
+        if self._encode is None:
+            raise RuntimeError("batcher: closed")
+        return to_float32(to_numpy(self._encode(texts), "encode", from_gpu=True), "encode")
+
+    def release(self) -> None:
+        self._encode = None
+
+
+def _check_own_encoder(router: Router, device: str, encode: Callable[[list[str]], Any]) -> None:
     if not callable(encode):
         raise TypeError(f"encode: expected a function, got {type(encode).__name__}")
     if router.checkpoint.config.encoder != "none":
         raise ValueError("encode: expected none for a router that encodes texts itself, got one")
     if device != "cpu":
         raise ValueError(f"device: expected cpu with an encode of your own, got {device}")
-    return {"encode": lambda texts: to_float32(to_host(encode(texts)), "encode"), "lanes": 1}
 
 
 class _Call(NamedTuple):
@@ -93,12 +105,14 @@ class _Call(NamedTuple):
     name: str
 
 
-def _by_the_caller_s_name(error: TypeError | ValueError, name: str) -> TypeError | ValueError:
-    """An error of the core, which names what the caller gave."""
-    text, found = _ROWS.subn(lambda match: name + (match[1] or "" if name == "queries" else ""), str(error))
-    if not found:
-        return error
-    return TypeError(text) if isinstance(error, TypeError) else ValueError(text)
+def _seconds(deadline_s: Any) -> float | None:
+    """A deadline as a float, whatever kind of number it is: an event loop's timer takes no other."""
+    if deadline_s is None:
+        return None
+    try:
+        return float(deadline_s)
+    except (TypeError, ValueError):
+        raise TypeError(f"deadline_s: expected a number, got {type(deadline_s).__name__}") from None
 
 
 def _is_empty(call: _Call) -> bool:
@@ -191,11 +205,12 @@ class Batcher:
             router: what decides. device: where: ``cpu``, or a CUDA device, where texts are encoded and rows decided in
                 one go; decisions from there have no fallbacks.
             encode: of a router that was trained on embeddings of your own: what makes them, from a list of B texts to
-                (B, D), any floating dtype, on any device. One call of it for each batch, on the batcher's thread; what
-                it raises is the cause of its callers' RuntimeError.
+                (B, D), any floating dtype, a torch tensor on any device. One call of it for each batch, on the
+                batcher's thread; what it raises is the cause of its callers' RuntimeError.
             max_batch_size: most rows of a batch; a call with more is a batch by itself.
             max_queue_rows: most rows that wait; a call beyond raises QueueFullError, one that has more ValueError.
-            window_us: how long the first of a batch may wait for others, in microseconds; 0 takes what is there.
+            window_us: how long the first of a batch may wait for others, in microseconds, at most a minute, and half of
+                what a deadline leaves; 0 takes what is there.
             token_budget: most tokens of a batch's texts for a transformer, counted as one for four bytes begun and at
                 most the encoder's ``max_tokens`` a text; 0: no limit. None: 1,024 on a CPU, 16,384 on a GPU. A call
                 with more is a batch by itself, and is given up between parts of that size once nobody waits for it.
@@ -207,7 +222,13 @@ class Batcher:
         """
         if not isinstance(router, Router):
             raise TypeError(f"router: expected a Router, got {type(router).__name__}")
-        options = backend_options(router, device) if encode is None else _own_encoder(router, device, encode)
+        self._own_encoder = None
+        if encode is None:
+            options = backend_options(router, device)
+        else:
+            _check_own_encoder(router, device, encode)
+            self._own_encoder = _OwnEncoder(encode)
+            options = {"encode": self._own_encoder, "lanes": 1}
         self._takes_texts = encode is not None or router.checkpoint.config.encoder != "none"
         if token_budget is not None:
             options["token_budget"] = token_budget
@@ -329,6 +350,8 @@ class Batcher:
     def close(self, drain: bool = True) -> None:
         """Refuse new calls; finish the queued ones, or fail them with RuntimeError. Waits for a batch that runs."""
         self._core.close(drain)
+        if self._own_encoder is not None:
+            self._own_encoder.release()
         with self._lock:
             # what the core refuses from now on gets no port that stays
             self._closed = True
@@ -359,15 +382,7 @@ class Batcher:
         guarantee: Guarantee,
         strict: bool,
     ) -> _Call:
-        if not isinstance(text, str):
-            raise TypeError(f"text: expected a str, got {type(text).__name__}")
-        target = to_tau(tau)
-        if not isinstance(target, float):
-            raise TypeError(f"tau: expected one number, got {type(tau).__name__}")
-        tau_index(target)
-        mask = None if available is None else self._router.pool.available(available)
-        if mask is not None and not mask.any():
-            raise ValueError("available: expected at least one candidate, got none")
+        target, mask = check_query(self._router.pool, text, tau, available)
         return self._call([text], None, target, mask, mode, guarantee, strict, None, "text")
 
     def _check_batch(
@@ -419,19 +434,20 @@ class Batcher:
             raise RuntimeError("batcher: closed")
 
     def _wait(self, call: _Call, deadline_s: float | None) -> _core.BatchResult:
+        wait = _seconds(deadline_s)
         try:
-            return self._core.route(call.texts, call.x, call.tau, **call.options, deadline_s=deadline_s)
+            return self._core.route(call.texts, call.x, call.tau, **call.options, deadline_s=wait)
         except (TypeError, ValueError) as error:
-            raise _by_the_caller_s_name(error, call.name) from None
+            raise by_the_caller_s_name(error, call.name) from None
 
     async def _result(self, call: _Call, deadline_s: float | None) -> _core.BatchResult:
         def submit(**options: Any) -> _core.Ticket:
             try:
                 return self._core.submit(call.texts, call.x, call.tau, **call.options, **options)
             except (TypeError, ValueError) as error:
-                raise _by_the_caller_s_name(error, call.name) from None
+                raise by_the_caller_s_name(error, call.name) from None
 
-        return await self._port().result(submit, deadline_s)
+        return await self._port().result(submit, _seconds(deadline_s))
 
     def _decision(self, call: _Call, result: _core.BatchResult) -> Decision:
         mode, guarantee = call.options["mode"], call.options["guarantee"]

@@ -93,6 +93,8 @@ class Pool(Sequence[Candidate]):
 
     def available(self, names: Iterable[str]) -> NDArray[np.bool_]:
         """Mask of the named candidates, (K,) bool."""
+        if isinstance(names, str):
+            raise TypeError("available: expected a list of names, got one str")
         mask = np.zeros(len(self), np.bool_)
         for name in names:
             mask[self.index_of(name, "available")] = True

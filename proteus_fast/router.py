@@ -6,19 +6,30 @@ import hashlib
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from proteus_fast import _core, checkpoint
-from proteus_fast.arrays import from_numpy, is_for_torch, to_float32, to_host, to_numpy, to_prices, to_tau
+from proteus_fast.answers import Decision, Explanation, Feasibility, RouteBatch
+from proteus_fast.arrays import (
+    by_the_caller_s_name,
+    from_numpy,
+    is_for_torch,
+    laid_out,
+    to_float32,
+    to_numpy,
+    to_prices,
+    to_target,
+    to_tau,
+)
 from proteus_fast.certificate import Certificate, Guarantee, Mode, Status, tau_index
 from proteus_fast.encoder import LazyEncoder, check_source
 from proteus_fast.pool import Pool
@@ -41,75 +52,6 @@ def _cuda() -> ModuleType:
     except ImportError as error:
         raise ImportError(f"device: expected torch (pip install 'proteus-fast[gpu]'), got: {error}") from None
     return cuda
-
-
-class RouteBatch:
-    """Answers for a batch, in the caller's kind of array and on its device.
-
-    Iterating gives ``choice, mu, score``.
-
-    Attributes:
-        choice: index into the pool, (B,) int32, the lowest where scores tie; -1 where the status is INVALID.
-        mu: quality preference, (B,) float32. score: of the chosen candidate, (B,) float32.
-        status: :class:`Status`, (B,) uint8.
-        certified_floor: accuracy that is certified for the policy that served the row, (B,) float32: the tested target
-            where the row is FEASIBLE, tau_max where it is INFEASIBLE, NaN where nothing is promised.
-    """
-
-    __slots__ = ("certified_floor", "choice", "mu", "score", "status")
-
-    def __init__(self, choice: Any, mu: Any, score: Any, status: Any, certified_floor: Any) -> None:
-        self.choice = choice
-        self.mu = mu
-        self.score = score
-        self.status = status
-        self.certified_floor = certified_floor
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.choice, self.mu, self.score))
-
-    def __len__(self) -> int:
-        return len(self.choice)
-
-    def __repr__(self) -> str:
-        return f"RouteBatch({', '.join(f'{name}={getattr(self, name)!r}' for name in sorted(self.__slots__))})"
-
-
-class Decision(NamedTuple):
-    """The answer for one query.
-
-    ``certified_floor`` is None where nothing is promised, ``tau_max`` where no target is certified at all. ``score``,
-    predicted accuracy weighed against price by ``mu``, ranks; ``fallbacks`` are the other eligible candidates by it.
-    """
-
-    candidate: str
-    choice: int
-    mu: float
-    score: float
-    status: Status
-    certified_floor: float | None
-    tau_max: float | None
-    fallbacks: tuple[str, ...]
-    versions: dict[str, str]
-
-
-class Feasibility(NamedTuple):
-    """What a target would get: its status, its floor, the largest certified target, the expected cost of a query."""
-
-    tau: float
-    status: Status
-    certified_floor: float | None
-    tau_max: float | None
-    expected_cost_usd: float
-
-
-class Explanation(NamedTuple):
-    """A decision and, by candidate, the predicted accuracy, the price and the score behind it."""
-
-    decision: Decision
-    predicted: dict[str, float]
-    price_usd: dict[str, float]
-    scores: dict[str, float]
 
 
 class Router:
@@ -245,7 +187,10 @@ class Router:
             raise TypeError("queries: expected a sequence of str, got one str")
         if self._encoder is None:
             raise ValueError("queries: expected embeddings, got texts: this router has no text encoder")
-        encoded: NDArray[np.float32] = self._encoder.encode(queries)
+        try:
+            encoded: NDArray[np.float32] = self._encoder.encode(queries)
+        except (TypeError, ValueError) as error:
+            raise by_the_caller_s_name(error, "queries") from None
         return encoded
 
     def route_batch(
@@ -301,18 +246,19 @@ class Router:
         x = tensor if type(tensor) is np.ndarray else to_numpy(tensor, "tensor")
         if x.ndim == 3 or mask is not None:
             x = self._pool_tokens(x, mask)
-        if x.dtype is not _FLOAT32 or not x.flags.c_contiguous:
+        flags = x.flags
+        if x.dtype is not _FLOAT32 or not (flags.c_contiguous and flags.aligned):
             x = to_float32(x, "tensor")
         if x.ndim != 2 or x.shape[1] != self.input_dim:
             raise ValueError(f"tensor: expected shape (B, {self.input_dim}), got {x.shape}")
         if type(tau) is not float:
             tau = to_tau(tau)
         if available is not None:
-            available = to_numpy(available, "available")
+            available = laid_out(to_numpy(available, "available"))
         if price_usd is not None:
             price_usd = to_float32(to_numpy(price_usd, "price_usd"), "price_usd")
         if ids is not None:
-            ids = to_numpy(ids, "ids")
+            ids = laid_out(to_numpy(ids, "ids"))
         arrays = self.snapshot.route(x, tau, mode, guarantee, available, price_usd, ids, sample, seed or 0)
         if strict:
             self.check_strict(arrays[3], tau, mode, guarantee)
@@ -340,9 +286,7 @@ class Router:
         Raises:
             TypeError, ValueError: ``argument: expected X, got Y``; also where no candidate is eligible.
         """
-        return self.explain(
-            text, tau, available=available, price_usd=price_usd, mode=mode, guarantee=guarantee, strict=strict
-        ).decision
+        return self._explain("text", text, tau, available, price_usd, mode, guarantee, strict).decision
 
     def explain(
         self,
@@ -356,17 +300,24 @@ class Router:
         strict: bool = False,
     ) -> Explanation:
         """The decision for one text with what it rests on; arguments as in :meth:`route`."""
-        if not isinstance(query, str):
-            raise TypeError(f"query: expected a str, got {type(query).__name__}")
-        target = to_tau(tau)
-        if not isinstance(target, float):
-            raise TypeError(f"tau: expected one number, got {type(tau).__name__}")
-        tau_index(target)
-        mask = None if available is None else self.pool.available(available)
-        if mask is not None and not mask.any():
-            raise ValueError("available: expected at least one candidate, got none")
+        return self._explain("query", query, tau, available, price_usd, mode, guarantee, strict)
+
+    def _explain(
+        self,
+        name: str,
+        query: str,
+        tau: float,
+        available: Iterable[str] | None,
+        price_usd: Any,
+        mode: Mode | None,
+        guarantee: Guarantee,
+        strict: bool,
+    ) -> Explanation:
+        target, mask = check_query(self.pool, query, tau, available, name)
+        if self._encoder is None:
+            raise ValueError(f"{name}: expected a router with a text encoder, got one of embeddings")
         prices = None if price_usd is None else to_prices(price_usd)
-        x = to_host(self.encode([query]))
+        x = to_numpy(self.encode([query]), name, from_gpu=True)
         answers = self.snapshot.scores(x, target, mode, guarantee, mask, prices)
         choice, mu, score, status, floor, predicted, scores = answers
         if not self.texts_certified and status[0] != Status.INVALID:
@@ -405,11 +356,12 @@ class Router:
         Raises:
             ValueError: tau is not in [0, 1].
         """
-        index = tau_index(tau)
+        index = tau_index(to_target(tau))
+        if guarantee not in ("certified", "calibrated"):
+            raise ValueError(f"guarantee: expected certified or calibrated, got {guarantee!r}")
         tau_max = self.certificate.tau_max(self.mode, guarantee)
         cost = float(self.certificate.expected_cost_usd(self.mode, guarantee)[index])
-        feasible = tau_max is not None and index <= round(tau_max * 1000)
-        if not feasible:
+        if index > self.certificate.tables[self.mode][guarantee].max_index:
             floor = tau_max if guarantee == "certified" else None
             return Feasibility(tau, Status.INFEASIBLE, floor, tau_max, cost)
         if guarantee == "calibrated":
@@ -437,6 +389,18 @@ class Router:
             target = tau if isinstance(tau, float) else tau[infeasible[0]]
             tau_max = self.certificate.tau_max(mode or self.mode, guarantee)
             raise ValueError(f"tau: expected at most {tau_max} (tau_max), got {target:g} at row {infeasible[0]}")
+
+
+def check_query(
+    pool: Pool, text: str, tau: float, available: Iterable[str] | None, name: str = "text"
+) -> tuple[float, NDArray[np.bool_] | None]:
+    """The target and the mask of candidates of one text; raises for what is wrong about any of the three."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a str, got {type(text).__name__}")
+    mask = None if available is None else pool.available(available)
+    if mask is not None and not mask.any():
+        raise ValueError("available: expected at least one candidate, got none")
+    return to_target(tau), mask
 
 
 def _build_hash_encoder(source: Checkpoint) -> _core.HashEncoder | None:

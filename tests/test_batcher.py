@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -434,3 +435,62 @@ def test_texts_by_an_encoder_of_the_caller_s_own(hashed: Router) -> None:
         Batcher(router, encode=encode, device="cuda")
     with pytest.raises(TypeError, match="encode: expected a function, got int"):
         Batcher(router, encode=3)  # type: ignore[arg-type]
+
+
+def test_what_an_own_encoder_may_return() -> None:
+    router = Router(tiny_checkpoint(encoder="none"))
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((2, router.input_dim), np.float32))
+    narrow = rows.to(torch.bfloat16)
+    shifted = np.frombuffer(b"x" + rows.numpy().tobytes(), np.uint8)[1:].view(np.float32).reshape(2, -1)
+    answers: list[tuple[Any, Any]] = [
+        (narrow, router.route_batch(narrow, 0.8)),
+        (rows.clone().requires_grad_(), router.route_batch(rows, 0.8)),
+        (rows.T.contiguous().T, router.route_batch(rows, 0.8)),
+        (shifted, router.route_batch(rows, 0.8)),
+    ]
+    for answer, expected in answers:
+        with Batcher(router, encode=lambda _, answer=answer: answer) as batcher:
+            assert_same(batcher.route_batch(["a", "b"], 0.8), expected)
+    # what it returned is no argument of the callers
+    for wrong, error in (
+        (rows.tolist(), TypeError),
+        (None, TypeError),
+        (rows[:1], ValueError),
+        (rows.int(), TypeError),
+    ):
+        with (
+            Batcher(router, encode=lambda _, wrong=wrong: wrong) as batcher,
+            pytest.raises(RuntimeError, match=r"^backend: expected an answer, got") as caught,
+        ):
+            batcher.route_batch(["a", "b"], 0.8)
+        assert isinstance(caught.value.__cause__, error)
+        assert str(caught.value.__cause__).startswith("encode: expected ")
+
+
+def test_a_closed_batcher_lets_go_of_its_encoder() -> None:
+    class Service:
+        def __init__(self, router: Router) -> None:
+            self.dim = router.input_dim
+            self.batcher = Batcher(router, encode=self.encode)
+
+        def encode(self, texts: list[str]) -> np.ndarray:
+            return np.zeros((len(texts), self.dim), np.float32)
+
+    service = Service(Router(tiny_checkpoint(encoder="none")))
+    assert service.batcher.route("a text", 0.5).choice >= 0
+    seen = weakref.ref(service)
+    service.batcher.close()
+    del service
+    gc.collect()
+    assert seen() is None
+
+
+def test_deadlines_of_any_number(hashed: Router) -> None:
+    with Batcher(hashed) as batcher:
+        for deadline in (Decimal(5), np.float32(5.0), 5, float("inf")):
+            assert batcher.route("a text", 0.5, deadline_s=deadline).choice >= 0  # type: ignore[arg-type]
+            assert asyncio.run(batcher.route_async("a text", 0.5, deadline_s=deadline)).choice >= 0  # type: ignore[arg-type]
+        submitted = batcher.stats()["submitted"]
+        with pytest.raises(TypeError, match=r"^deadline_s: expected a number, got dict"):
+            asyncio.run(batcher.route_async("a text", 0.5, deadline_s={}))  # type: ignore[arg-type]
+        assert batcher.stats()["submitted"] == submitted == 8

@@ -17,6 +17,7 @@ from proteus_fast.certificate import MIXING_STEPS, Status
 from proteus_fast.demo_queries import queries
 from proteus_fast.router import EMBEDDED, Router
 from proteus_kernels import reference
+from tests.checkpoints import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +273,9 @@ def test_edges_that_are_fine(router: Router) -> None:
 BAD_TEXTS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("tau NaN", {"tau": float("nan")}, ValueError, "tau: expected"),
     ("tau above 1", {"tau": 1.1}, ValueError, "tau: expected"),
-    ("text None", {"text": None}, TypeError, "query: expected a str"),
-    ("text bytes", {"text": b"abc"}, TypeError, "query: expected a str"),
+    ("text None", {"text": None}, TypeError, "^text: expected a str"),
+    ("text bytes", {"text": b"abc"}, TypeError, "^text: expected a str"),
+    ("candidates as one str", {"available": "gpt-4o"}, TypeError, "available: expected a list of names, got one str"),
     ("unknown candidate", {"available": ["gpt-99"]}, ValueError, "available: expected one of"),
     ("tau None", {"tau": None}, TypeError, "tau: expected"),
     ("tau many", {"tau": [0.8, 0.9]}, TypeError, "tau: expected one number"),
@@ -331,6 +333,43 @@ def test_feasibility_agrees_with_routing(router: Router, x: np.ndarray) -> None:
         assert told.certified_floor == pytest.approx(float(batch.certified_floor[0]), abs=1e-6)
     costs = [router.feasibility(i / 100).expected_cost_usd for i in range(100)]
     assert costs == sorted(costs)
+    # a target of 0 asks for nothing, and is met where no other can be
+    hopeless = Router(tiny_checkpoint(right=0))
+    assert hopeless.tau_max is None
+    rows = np.zeros((1, hopeless.input_dim), np.float32)
+    for tau in (0.0, 0.001):
+        assert hopeless.feasibility(tau).status == hopeless.route_batch(rows, tau).status[0]
+    with pytest.raises(ValueError, match=r"^guarantee: expected certified or calibrated, got 'bogus'"):
+        router.feasibility(0.5, "bogus")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^tau: expected"):
+        router.feasibility("x")  # type: ignore[arg-type]
+
+
+def test_errors_name_what_the_caller_gave(router: Router) -> None:
+    with pytest.raises(TypeError, match=r"^queries\[1\]: expected a str or bytes, got int"):
+        router.encode(["a", 5])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"^query: expected a str, got int"):
+        router.explain(5, 0.5)  # type: ignore[arg-type]
+    blind = Router(tiny_checkpoint(encoder="none"))
+    with pytest.raises(ValueError, match=r"^text: expected a router with a text encoder, got one of embeddings"):
+        blind.route("a text", 0.5)
+
+
+def test_arrays_of_any_layout(router: Router, x: np.ndarray) -> None:
+    rows = np.ascontiguousarray(x[:40])
+    mask = np.random.default_rng(1).random((40, K)) < 0.5
+    mask[:, 0] = True
+    ids = np.arange(40, dtype=np.uint64)
+    expected = router.route_batch(rows, 0.8, available=mask, ids=ids)
+    unaligned = np.frombuffer(b"x" + rows.tobytes(), np.uint8)[1:].view(np.float32).reshape(rows.shape)
+    for tensor, available, numbers in (
+        (np.asfortranarray(rows), np.asfortranarray(mask), np.repeat(ids, 2)[::2]),
+        (unaligned, np.repeat(mask, 2, axis=1)[:, ::2], ids),
+        (np.repeat(rows, 2, axis=0)[::2], mask[::-1][::-1], ids[::-1][::-1]),
+    ):
+        answer = router.route_batch(tensor, 0.8, available=available, ids=numbers)
+        np.testing.assert_array_equal(answer.choice, expected.choice)
+        np.testing.assert_array_equal(answer.score, expected.score)
 
 
 def test_cheaper_for_lower_targets_on_real_queries(router: Router, x: np.ndarray) -> None:

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from proteus_fast.answers import RouteBatch
 from proteus_fast.certificate import Guarantee, Mode, Status, lay_path
 from proteus_fast.checkpoint import Checkpoint
 from proteus_fast.evaluation.metrics import realised
 from proteus_fast.evaluation.outcomes import OutcomeTable
 from proteus_fast.experiments.study import Result, Study, show
-from proteus_fast.router import RouteBatch, Router
+from proteus_fast.router import Router
 from proteus_fast.training.calibrate import PolicyPart, calibrate, plug_in_checkpoint
 from proteus_fast.training.fit_policy import build_trainer, curve_of, positions_of, run_name, train_to
 from proteus_fast.training.policy import decide

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from proteus_fast.arrays import to_host
+from proteus_fast.arrays import to_numpy
 from proteus_fast.checkpoint import Array
 from proteus_fast.encoder import EncoderSource, TransformerEncoder
 from proteus_fast.training.predictor import (
@@ -73,7 +73,7 @@ def embed(source: EncoderSource, texts: Sequence[str], tick: Callable[[], None],
     found = []
     start = said = time.monotonic()
     for part in parts:
-        found.append(to_host(encoder.encode([texts[i] for i in part])))
+        found.append(to_numpy(encoder.encode([texts[i] for i in part]), "embeddings", from_gpu=True))
         tick()
         if time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
