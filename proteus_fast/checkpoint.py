@@ -322,6 +322,11 @@ def _read_tensors(data: bytes, place: str) -> dict[str, Array]:
         raise ValueError(f"{place}: expected a valid safetensors file, got {str(error)[:200]}") from None
 
 
+def default_place() -> str | None:
+    """``$PROTEUS_CHECKPOINT``; None where it is unset or empty, for the embedded router."""
+    return os.environ.get("PROTEUS_CHECKPOINT") or None
+
+
 def _named(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     # an empty variable in a script is no wish for the working directory
     if not os.fspath(path):

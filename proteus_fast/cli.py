@@ -6,6 +6,7 @@ Exit status: 0, 1 on a missed check, 2 on wrong usage or bad input.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ OK, MISSED, USAGE = 0, 1, 2
 # what a shell reports of a command that SIGINT or SIGPIPE ended
 _INTERRUPTED, _READER_GONE = 130, 141
 _FEW_REPEATS = 0.95
+_DEFAULT = "default: $PROTEUS_CHECKPOINT, else the embedded router"
 # those of experiments.registry, which is not imported to parse a command line
 _EXPERIMENTS = (
     "correlation", "heads", "cost-range", "extremes", "ablations", "convergence", "alarm", "dynamic", "shocks", "leak",
@@ -54,9 +56,10 @@ _TRANSFORMERS = {"transformers", "tokenizers", "huggingface_hub"}
 
 
 def _load(path: str | None, encoder: str | None = None) -> Router:
+    from proteus_fast.checkpoint import default_place
     from proteus_fast.router import Router
 
-    return Router.load(path or os.environ.get("PROTEUS_CHECKPOINT") or None, encoder=encoder)
+    return Router.load(default_place() if path is None else path, encoder=encoder)
 
 
 @contextmanager
@@ -344,7 +347,7 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
     evaluate = add(
         "evaluate", _evaluate, "accuracy, floors and cost on an outcome table, beside baselines", "the report"
     )
-    evaluate.add_argument("checkpoint", nargs="?", metavar="CKPT", help="default: the embedded router")
+    evaluate.add_argument("checkpoint", nargs="?", metavar="CKPT", help=_DEFAULT)
     add_encoder(evaluate)
     evaluate.add_argument("--data", required=True, metavar="DIR")
     evaluate.add_argument("--split", default="test", help="reads DIR/SPLIT.parquet (default %(default)s)")
@@ -354,7 +357,7 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
     route = add("route", _route, "choose a candidate for one text", "the decision")
     route.add_argument("text")
     route.add_argument("--tau", type=float, required=True, help="accuracy target in [0, 1]")
-    route.add_argument("--checkpoint", metavar="CKPT", help="default: the embedded router")
+    route.add_argument("--checkpoint", metavar="CKPT", help=_DEFAULT)
     add_encoder(route)
     route.add_argument("--available", action="append", metavar="NAME", help="only these candidates (repeatable)")
     route.add_argument("--guarantee", choices=["certified", "calibrated"], default="certified")
@@ -386,6 +389,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     words = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(with_server=words[:1] == ["serve"]).parse_args(words)
+    # a shell's `>&-` leaves none: there is nobody to read, which is no error
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
     try:
         # a server logs in its own way
         with nullcontext() if arguments.command == "serve" else _saying(arguments.command, quiet=arguments.json):

@@ -453,7 +453,7 @@ def current() -> Router:
     if _current is None:
         with _lock:
             if _current is None:
-                _current = Router.load(os.environ.get("PROTEUS_CHECKPOINT") or None)
+                _current = Router.load(checkpoint.default_place())
     return _current
 
 

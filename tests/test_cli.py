@@ -15,6 +15,7 @@ import pytest
 from proteus_fast import checkpoint
 from proteus_fast.cli import main
 from proteus_fast.router import Router
+from tests.checkpoints import tiny_checkpoint
 from tests.evaluation import synthetic
 
 
@@ -45,6 +46,22 @@ def test_route(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(tau_max)" in capsys.readouterr().err
     assert main(["route", "hi", "--tau", ".85"]) == 0
     assert "FEASIBLE  certified floor 0.850" in capsys.readouterr().out
+
+
+def test_which_router_answers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny = str(tmp_path / "tiny")
+    Router(tiny_checkpoint()).save(tiny)
+    embedded = run_json(capsys, "route", "hi", "--tau", ".5")["versions"]["router"]
+    monkeypatch.setenv("PROTEUS_CHECKPOINT", tiny)
+    assert run_json(capsys, "route", "hi", "--tau", ".5")["candidate"].startswith("model-")
+    monkeypatch.setenv("PROTEUS_CHECKPOINT", "")
+    assert run_json(capsys, "route", "hi", "--tau", ".5")["versions"]["router"] == embedded
+    assert run_json(capsys, "route", "hi", "--tau", ".5", "--checkpoint", tiny)["versions"]["router"] != embedded
+    # an empty variable of a script names no router, and never another one
+    assert main(["route", "hi", "--tau", ".5", "--checkpoint", ""]) == 2
+    assert "checkpoint: expected a folder, got an empty name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -167,3 +184,8 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.strip() in ("0", "141")
     assert done.stderr == ""
+    closed = subprocess.run(
+        f"{sys.executable} -m proteus_fast route hello --tau .8 >&-", shell=True, cwd=tmp_path, capture_output=True,
+        check=True,
+    )  # fmt: skip
+    assert closed.stderr == b""

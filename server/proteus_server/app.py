@@ -231,7 +231,9 @@ class _Signals:
         os.close(self._written)
 
     def wait(self) -> None:
-        os.read(self._arrived, 1)
+        # a byte is the number of its signal; there may be handlers for others
+        while os.read(self._arrived, 1)[0] not in self._before:
+            pass
 
     def _arrive(self, _number: int, _frame: object) -> None:
         self.count += 1
@@ -284,33 +286,48 @@ def serve(
             place = server.start()
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             return _fail(error, 1)
-        others = {"admin": server.admin_address, "metrics": server.metrics_address}
-        logs.event(
-            _log,
-            logging.INFO,
-            "ready",
-            address=place,
-            **{name: other for name, other in others.items() if other is not None},
-            **logs.versions(server.control.generation.versions),
-        )
+        try:
+            _announce(server, place)
+            signals.wait()
+        finally:
+            logs.event(_log, logging.INFO, "drain", seconds=options.drain_seconds)
+            cut_off = server.drain(hurry=lambda: signals.count > 1)
+            logs.event(_log, logging.INFO, "stop", cut_off=cut_off)
+    return 0
+
+
+def _announce(server: Server, place: str) -> None:
+    others = {"admin": server.admin_address, "metrics": server.metrics_address}
+    logs.event(
+        _log,
+        logging.INFO,
+        "ready",
+        address=place,
+        **{name: other for name, other in others.items() if other is not None},
+        **logs.versions(server.control.generation.versions),
+    )
+    if sys.stdout is None:
+        return
+    try:
         sys.stdout.write(f"listening on {place}\n")
         sys.stdout.flush()
-        signals.wait()
-        logs.event(_log, logging.INFO, "drain", seconds=options.drain_seconds)
-        cut_off = server.drain(hurry=lambda: signals.count > 1)
-        logs.event(_log, logging.INFO, "stop", cut_off=cut_off)
-    return 0
+    except OSError:
+        # whoever started the server does not read it, which is no reason not to serve; nor to fail at the exit's flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def serve_from(arguments: argparse.Namespace) -> int:
     """`serve` with what `add_arguments` has parsed."""
+    from proteus_fast.checkpoint import default_place
+
     try:
         settings: dict[str, Any] = settings_from(arguments)
         options = options_of(settings)
     except (ValueError, OSError) as error:
         return _fail(error, 2)
     others = {name: settings[name] for name in ("encoder", "log_level", "log_format") if name in settings}
-    return serve(settings.get("checkpoint"), settings["address"], options, **others)
+    checkpoint = settings["checkpoint"] if "checkpoint" in settings else default_place()
+    return serve(checkpoint, settings["address"], options, **others)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

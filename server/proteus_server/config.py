@@ -73,7 +73,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("checkpoint", str, "DIR", "checkpoint to serve (default: the embedded router)"),
+    Setting("checkpoint", str, "DIR", "checkpoint to serve (default: $PROTEUS_CHECKPOINT, else the embedded router)"),
     Setting("encoder", str, "DIR", "where the checkpoint's transformer is, if it has moved"),
     Setting("address", str, "HOST:PORT | unix:PATH", "where to serve (required); port 0 takes any free port"),
     Setting("insecure", bool, "", "allow cleartext on an address other machines can reach"),

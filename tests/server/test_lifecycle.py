@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import socket
@@ -45,8 +46,9 @@ def test_started_and_stopped(launch: Any, socket_dir: Path, kind: str, number: i
 
 def test_a_signal_that_another_thread_gets_stops_the_server(socket_dir: Path) -> None:
     code = f"""
-import signal, sys, threading, time
+import os, signal, sys, threading, time
 from proteus_server import app
+from proteus_server.client import Client
 
 class Out:
     write = staticmethod(sys.stderr.write)
@@ -58,14 +60,42 @@ sys.stdout = Out()
 
 def kill():
     ready.wait()
-    time.sleep(0.2)
+    # a signal that has nothing to do with the server
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.5)
+    with Client("unix:{socket_dir}/s", timeout_s=10.0) as client:
+        sys.stderr.write("still healthy\\n" * client.healthy())
     signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
+signal.signal(signal.SIGUSR1, lambda *_: None)
 threading.Thread(target=kill).start()
 sys.exit(app.serve(None, "unix:{socket_dir}/s"))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=socket_dir, timeout=60.0, capture_output=True, text=True)
-    assert (done.returncode, "stop" in done.stderr) == (0, True), done.stderr
+    assert (done.returncode, "stop" in done.stderr, "still healthy" in done.stderr) == (0, True, True), done.stderr
+
+
+@pytest.mark.parametrize("out", ["closed", "a reader that has left", "full"])
+def test_an_output_that_nobody_reads_is_no_reason_not_to_serve(socket_dir: Path, out: str) -> None:
+    command = [sys.executable, "-m", "proteus_server", "--address", f"unix:{socket_dir}/s"]
+    if out == "closed":
+        command = ["/bin/sh", "-c", 'exec "$0" "$@" >&-', *command]
+    read, written = os.pipe()
+    os.close(read)
+    with (
+        Path("/dev/full").open("w") as full,
+        subprocess.Popen(command, stdout=full if out == "full" else written, stderr=subprocess.PIPE) as process,
+        Client(f"unix:{socket_dir}/s", timeout_s=10.0) as client,
+    ):
+        end = time.monotonic() + 30.0
+        while not client.healthy():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.terminate()
+        error = process.communicate(timeout=30.0)[1]
+    os.close(written)
+    assert (process.returncode, b"stop: cut_off=0" in error, b"Traceback" in error) == (0, True, False), error
+    assert not (socket_dir / "s").exists()
 
 
 def test_descriptors_are_as_many_as_allowed(launch: Any, socket_dir: Path) -> None:
