@@ -112,7 +112,8 @@ def draw_frontier(router: Router, path: Path) -> None:
              ylim=(float(pool.mean_score.min()) - 0.03, float(pool.mean_score.max()) + 0.03))  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=130)
+    # by the name's ending, as matplotlib does, but never another name
+    figure.savefig(path, dpi=130, format=path.suffix[1:] or "png")
     pyplot.close(figure)
 
 

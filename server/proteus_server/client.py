@@ -6,11 +6,13 @@
 What the server refuses comes back as the exception that the same mistake raises in process: ValueError for a bad
 argument, an infeasible target under `strict` or an oversized request, QueueFullError where the server is overloaded,
 TimeoutError past the deadline, ConnectionError where no server answers or it is draining, NotImplementedError for a
-method of a later version, RuntimeError with a reference number for the server's own mistakes.
+method of a later version, RuntimeError with a reference number for the server's own mistakes; a closed client raises
+RuntimeError too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _SERVICE = "proteus.v1.RouterService"
 _MAX_REPLY_BYTES = 16 << 20
+_NO_DEADLINE_S = 3e7
 _MODES = {None: pb.MODE_UNSPECIFIED, "dual": pb.MODE_DUAL, "policy": pb.MODE_POLICY}
 _GUARANTEES = {"certified": pb.GUARANTEE_CERTIFIED, "calibrated": pb.GUARANTEE_CALIBRATED}
 _CHANNEL_OPTIONS = (
@@ -127,11 +130,12 @@ class Client:
     def __init__(self, address: str, timeout_s: float = 1.0) -> None:
         """Args:
         address: HOST:PORT or unix:PATH, in cleartext.
-        timeout_s: every call's deadline unless it has its own.
+        timeout_s: every call's deadline unless it has its own; infinity: none.
         """
+        self._timeout_s = _timeout(timeout_s)
         if not timeout_s > 0.0:
             raise ValueError(f"timeout_s: expected more than 0, got {timeout_s}")
-        self._timeout_s = timeout_s
+        self._closed = False
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._route = self._method(f"/{_SERVICE}/Route", pb.RouteReply)
         self._route_batch = self._method(f"/{_SERVICE}/RouteBatch", pb.RouteBatchReply)
@@ -148,6 +152,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""
+        self._closed = True
         self._channel.close()
 
     def route(
@@ -156,7 +161,7 @@ class Client:
         *,
         tau: float,
         embedding: ArrayLike | None = None,
-        available: Sequence[str] = (),
+        available: Iterable[str] | None = None,
         strict: bool = False,
         mode: str | None = None,
         guarantee: str = "certified",
@@ -167,7 +172,7 @@ class Client:
         Args:
             text: the query; either this or `embedding`, (D,) float32 as the router's `encode` gives it.
             tau: accuracy target in [0, 1].
-            available: names of the candidates that may answer; empty: all.
+            available: names of the candidates that may answer; None, or none at all: all.
             strict: raise where the target is infeasible.
             mode: dual | policy; None: the checkpoint's. guarantee: certified | calibrated.
 
@@ -205,7 +210,7 @@ class Client:
         *,
         tau: float | ArrayLike,
         embeddings: ArrayLike | None = None,
-        available: Sequence[str] = (),
+        available: Iterable[str] | None = None,
         strict: bool = False,
         mode: str | None = None,
         guarantee: str = "certified",
@@ -213,16 +218,21 @@ class Client:
     ) -> Decisions:
         """`route` for many queries in one call.
 
-        `texts`, or `embeddings` (B, D) float32; `tau` is one target, or one for each row, (B,). A row with a bad
-        value (NaN, a target outside [0, 1]) has status INVALID; the others are not affected.
+        `texts`, or `embeddings` (B, D) float32, at least one; `tau` is one target, or one for each row, (B,). A row
+        with a bad value (NaN, a target outside [0, 1]) has status INVALID; the others are not affected.
         """
         if (texts is None) == (embeddings is None):
             raise ValueError(f"texts: expected texts or embeddings, got {'neither' if texts is None else 'both'}")
+        prompts = None if texts is None else _texts("texts", texts)
         x = None if embeddings is None else np.asarray(embeddings)
+        data = None if x is None else _float_bytes("embeddings", x, 2)
+        rows = len(prompts) if prompts is not None else len(x) if x is not None else 0
+        if rows == 0:
+            raise ValueError(f"{'texts' if x is None else 'embeddings'}: expected at least one, got none")
         request = pb.RouteBatchRequest(
-            texts=None if texts is None else _texts("texts", texts),
-            embeddings=None if x is None else _float_bytes("embeddings", x, 2),
-            rows=len(texts) if texts is not None else len(x) if x is not None else 0,
+            texts=prompts,
+            embeddings=data,
+            rows=rows,
             tau=_targets("tau", tau),
             available=_texts("available", available),
             strict=strict,
@@ -263,9 +273,8 @@ class Client:
 
     def healthy(self, *, timeout_s: float | None = None) -> bool:
         """Whether the server answers and says that its router is ready."""
-        timeout = self._timeout_s if timeout_s is None else timeout_s
         try:
-            reply = self._check(health_pb2.HealthCheckRequest(service=_SERVICE), timeout=timeout)
+            reply = self._send(self._check, health_pb2.HealthCheckRequest(service=_SERVICE), timeout_s)
         except grpc.RpcError:
             return False
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
@@ -278,9 +287,27 @@ class Client:
 
     def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
         try:
-            return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
+            return self._send(method, request, timeout_s)
         except grpc.RpcError as error:
             raise errors.exception_of(error) from error
+
+    def _send(self, method: Callable[..., Any], request: Any, timeout_s: float | None) -> Any:
+        timeout = self._timeout_s if timeout_s is None else _timeout(timeout_s)
+        try:
+            return method(request, timeout=timeout)
+        except ValueError:
+            if self._closed:
+                raise RuntimeError("client: closed") from None
+            raise
+
+
+def _timeout(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
+        raise TypeError(f"timeout_s: expected a number, got {type(value).__name__}")
+    if not -math.inf <= value <= math.inf:
+        raise ValueError("timeout_s: expected a number of seconds, got nan")
+    # beyond a year there is no deadline; the transport's clock would take it for one that has passed
+    return None if value >= _NO_DEADLINE_S else float(value)
 
 
 def _serialize(request: Any) -> bytes:
@@ -300,6 +327,8 @@ def _text(name: str, value: object) -> str:
 
 
 def _texts(name: str, values: object) -> list[str]:
+    if values is None:
+        return []
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
         raise TypeError(f"{name}: expected a sequence of str, got one {type(values).__name__}")
     return [_text(f"{name}[{i}]", value) for i, value in enumerate(values)]
@@ -316,9 +345,11 @@ def _target(name: str, value: object) -> float | None:
 
 def _targets(name: str, values: ArrayLike) -> list[float]:
     targets = np.atleast_1d(np.asarray(values))
+    if targets.ndim > 1:
+        raise ValueError(f"{name}: expected one number or shape (B,), got shape {targets.shape}")
     if targets.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected numbers, got {targets.dtype}")
-    return [float(target) for target in targets.ravel()]
+    return [float(target) for target in targets]
 
 
 def _float_bytes(name: str, values: ArrayLike, ndim: int) -> bytes:

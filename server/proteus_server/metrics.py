@@ -297,7 +297,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def do_GET(self) -> None:
-        if self.path != "/metrics":
+        if self.path.partition("?")[0] != "/metrics":
             self.send_error(404)
             return
         body = self.text().encode()

@@ -124,8 +124,16 @@ REFUSED: list[tuple[str, Callable[[Client], object], type[Exception], str]] = [
         "batch empty",
         lambda c: c.route_batch([], tau=0.5),
         ValueError,
-        "texts: expected texts or embeddings, got neither",
+        "texts: expected at least one, got none",
     ),
+    (
+        "batch of taus in two dimensions",
+        lambda c: c.route_batch(["q"] * 4, tau=[[0.5] * 2] * 2),
+        ValueError,
+        r"tau: expected one number or shape \(B,\), got shape \(2, 2\)",
+    ),
+    ("time as text", lambda c: c.route("q", tau=0.5, timeout_s="1"), TypeError, "timeout_s: expected a number, got"),
+    ("time as NaN", lambda c: c.info(timeout_s=math.nan), ValueError, "timeout_s: expected a number of seconds, got"),
     ("batch taus", lambda c: c.route_batch(["q"] * 3, tau=[0.5] * 2), ValueError, "tau: expected 1 or 3 values, got 2"),
     ("batch 1-D", lambda c: c.route_batch(embeddings=[1.0], tau=0.5), ValueError, "embeddings: expected 2 dimension"),
     ("batch width", lambda c: c.route_batch(embeddings=[[1.0]], tau=0.5), ValueError, "embeddings: expected .* got 4"),
@@ -143,8 +151,26 @@ def test_refused(client: Client, case: Any) -> None:
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, math.nan])
 def test_a_timeout_is_more_than_nothing(timeout_s: float) -> None:
-    with pytest.raises(ValueError, match="timeout_s: expected more than 0"):
+    with pytest.raises(ValueError, match="timeout_s: expected "):
         Client("127.0.0.1:1", timeout_s)
+
+
+@pytest.mark.parametrize("timeout_s", [math.inf, 1e20, 10**30, np.float32(5.0)])
+def test_a_timeout_may_be_none_at_all(address: str, timeout_s: float) -> None:
+    with Client(address, timeout_s) as client:
+        assert client.healthy()
+        assert client.healthy(timeout_s=timeout_s)
+        assert client.route("q", tau=0.5, timeout_s=timeout_s, available=None).candidate
+        assert len(client.route_batch((text for text in ("a", "b")), tau=0.5).choice) == 2  # type: ignore[arg-type]
+
+
+def test_a_closed_client_says_so(address: str) -> None:
+    client = Client(address)
+    client.close()
+    client.close()
+    for call in (client.healthy, client.info, lambda: client.route("q", tau=0.5)):
+        with pytest.raises(RuntimeError, match=r"^client: closed$"):
+            call()
 
 
 def test_overload_is_queue_full(held_server: Any) -> None:

@@ -170,6 +170,8 @@ def test_a_full_queue_is_counted(held_server: Any) -> None:
 
 
 def test_only_metrics_are_there(run: Running) -> None:
+    with urllib.request.urlopen(f"http://{run.server.metrics_address}/metrics?collect=all", timeout=10.0) as reply:
+        assert reply.status == 200
     for path in ("/", f"/{CANARY}", "/metrics/"):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(f"http://{run.server.metrics_address}{path}", timeout=10.0)
