@@ -7,6 +7,7 @@ they are first used, so that importing this package stays quick.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,26 +53,31 @@ __all__ = [
     "Feasibility",
     "Pool",
     "QueueFullError",
-    "Report",
     "RouteBatch",
     "Router",
     "Status",
-    "TrainConfig",
     "__version__",
     "current",
-    "evaluate",
     "plan",
     "route_batch",
-    "train",
     "use",
 ]
+# where they cannot be imported, `from proteus_fast import *` does without them
+if all(map(find_spec, ("torch", "scipy", "sklearn", "pyarrow", "tqdm", "matplotlib"))):
+    __all__ += ["Report", "TrainConfig", "evaluate", "train"]
 
 
 def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{home}"), name)
+    try:
+        value = getattr(import_module(f"{__name__}.{home}"), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == __name__:
+            raise
+        missing = f"{name}: expected the package {error.name}: install proteus-fast[train]"
+        raise ModuleNotFoundError(missing, name=error.name) from None
     globals()[name] = value
     return value
 

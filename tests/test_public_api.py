@@ -50,6 +50,34 @@ def test_routing_a_text_leaves_torch_alone(tmp_path: Path) -> None:
     assert answer["candidate"]
 
 
+def test_a_base_install_is_whole(tmp_path: Path) -> None:
+    """Without the packages of [train] nothing fails but what needs them."""
+    code = """
+import importlib.abc, importlib.util, inspect, json, pydoc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "sklearn", "pyarrow", "tqdm", "scipy", "matplotlib", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+importlib.util.find_spec = lambda name: None
+sys.meta_path.insert(0, Missing())
+from proteus_fast import *
+import proteus_fast as pf
+inspect.getmembers(pf)
+pydoc.render_doc(pf)
+try:
+    pf.train
+except ImportError as error:
+    print(json.dumps(dict(error=str(error), names=pf.__all__)))
+"""
+    answer = run_python(code, tmp_path)
+    assert str(answer["error"]).startswith("train: expected the package ")
+    assert str(answer["error"]).endswith(": install proteus-fast[train]")
+    assert "Router" in answer["names"]  # type: ignore[operator]
+    assert "train" not in answer["names"]  # type: ignore[operator]
+
+
 def test_the_version_is_the_distributions() -> None:
     assert proteus_fast.__version__ == importlib.metadata.version("proteus-fast")
 
