@@ -131,6 +131,17 @@ T take_integer(const char* argument, py::handle object) {
     return py::detail::cast_op<T>(caster);
 }
 
+// A number of things.
+inline std::size_t take_size(const char* argument, py::handle object, std::int64_t least,
+                             std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
+    const auto value = take_integer<std::int64_t>(argument, object);
+    if (value < least)
+        reject_value(argument, "at least " + std::to_string(least), std::to_string(value));
+    if (value > most)
+        reject_value(argument, "at most " + std::to_string(most), std::to_string(value));
+    return static_cast<std::size_t>(value);
+}
+
 // An instance of T, null for None.
 template <typename T>
 std::shared_ptr<T> take_shared(const char* argument, const char* type, py::handle object) {

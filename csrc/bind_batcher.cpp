@@ -230,16 +230,6 @@ py::dict times(const Batcher& batcher) {
     return out;
 }
 
-std::size_t take_size(const char* argument, py::handle object, std::int64_t least,
-                      std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
-    const auto value = take_integer<std::int64_t>(argument, object);
-    if (value < least)
-        reject_value(argument, "at least " + std::to_string(least), std::to_string(value));
-    if (value > most)
-        reject_value(argument, "at most " + std::to_string(most), std::to_string(value));
-    return static_cast<std::size_t>(value);
-}
-
 // Joins the lanes without the GIL: a backend that runs needs it to end.
 void close(Batcher& batcher, bool drain) {
     if (exit_state().begun) return;

@@ -28,14 +28,12 @@ struct Arguments {
     std::vector<std::uint64_t> masks;
 };
 
-std::string count_text(std::size_t n) { return std::to_string(n); }
-
 py::array take_x(const Snapshot& snapshot, py::handle object) {
     if (is_array_of<float>(object)) {
         auto x = py::reinterpret_borrow<py::array>(object);
         if (x.ndim() == 2 && static_cast<std::size_t>(x.shape(1)) == snapshot.input_dim) return x;
     }
-    const std::string shape = "(B, " + count_text(snapshot.input_dim) + ")";
+    const std::string shape = "(B, " + std::to_string(snapshot.input_dim) + ")";
     const py::array x = take_array<float>("x", object, 2, shape);
     reject_value("x", "shape " + shape, shape_text(x));
 }
@@ -46,15 +44,15 @@ void check_shape(const char* argument, const py::array& array, std::size_t rows,
     const auto at = [&](py::ssize_t i) { return static_cast<std::size_t>(array.shape(i)); };
     if (columns == 0) {
         if (array.ndim() != 1 || at(0) != rows)
-            reject_value(argument, "shape (" + count_text(rows) + ",)", shape_text(array));
+            reject_value(argument, "shape (" + std::to_string(rows) + ",)", shape_text(array));
         stride = 1;
     } else if (array.ndim() == 1 && at(0) == columns) {
         stride = 0;
     } else if (array.ndim() == 2 && at(0) == rows && at(1) == columns) {
         stride = columns;
     } else {
-        const std::string k = count_text(columns);
-        reject_value(argument, "shape (" + k + ",) or (" + count_text(rows) + ", " + k + ")",
+        const std::string k = std::to_string(columns);
+        reject_value(argument, "shape (" + k + ",) or (" + std::to_string(rows) + ", " + k + ")",
                      shape_text(array));
     }
 }
@@ -135,7 +133,8 @@ void take_arguments(const Snapshot& snapshot, const Given& args, Arguments& out)
         request.price_usd = take_numbers("price_usd", args[kPrice], rows, k, request.price_stride,
                                          out.price, out.prices);
     if (given(args[kIds])) {
-        out.ids = take_array<std::uint64_t>("ids", args[kIds], 1, "(" + count_text(rows) + ",)");
+        out.ids =
+            take_array<std::uint64_t>("ids", args[kIds], 1, "(" + std::to_string(rows) + ",)");
         std::size_t stride;
         check_shape("ids", out.ids, rows, 0, stride);
         request.ids = data_of<std::uint64_t>(out.ids);
@@ -281,7 +280,7 @@ py::array_t<float> mean_over_tokens(py::handle hidden, py::handle mask) {
     const py::array x = take_array<float>("hidden", hidden, 3, "(B, T, D)");
     const auto at = [&](py::ssize_t i) { return static_cast<std::size_t>(x.shape(i)); };
     const std::size_t rows = at(0), tokens = at(1), dim = at(2);
-    const std::string shape = "(" + count_text(rows) + ", " + count_text(tokens) + ")";
+    const std::string shape = "(" + std::to_string(rows) + ", " + std::to_string(tokens) + ")";
     const py::array live = take_array<bool>("mask", mask, 2, shape);
     if (live.shape(0) != x.shape(0) || live.shape(1) != x.shape(1))
         reject_value("mask", "shape " + shape, shape_text(live));
@@ -365,7 +364,7 @@ std::shared_ptr<Snapshot> change_snapshot(const Snapshot& from, py::handle price
     if (!price_usd.is_none()) {
         const py::array price = take_array<float>("price_usd", price_usd, 1, "(K,)");
         if (static_cast<std::size_t>(price.size()) != from.candidates)
-            reject_value("price_usd", "shape (" + count_text(from.candidates) + ",)",
+            reject_value("price_usd", "shape (" + std::to_string(from.candidates) + ",)",
                          shape_text(price));
         change.price_usd.assign(data_of<float>(price), data_of<float>(price) + price.size());
     }

@@ -43,12 +43,6 @@ std::chrono::nanoseconds take_seconds(const char* argument, py::handle object) {
         std::chrono::duration<double>(seconds));
 }
 
-std::size_t take_count(const char* argument, py::handle object) {
-    const auto value = take_integer<std::int64_t>(argument, object);
-    if (value < 1) reject_value(argument, "at least 1", std::to_string(value));
-    return static_cast<std::size_t>(value);
-}
-
 // The largest targets of one mode: certified, calibrated.
 void take_largest(py::handle object, std::optional<double> (&out)[2]) {
     const py::tuple pair = take_tuple("tau_max", "pairs of float or None", object);
@@ -140,11 +134,11 @@ ListenerPointer make_listener(py::handle sockets, py::handle served, py::handle 
             methods[path] = {Method::Kind::kForward, shape, path.starts_with(kRouterService)};
     }
     ListenerOptions options;
-    options.threads = take_count("threads", threads);
-    options.connections = take_count("connections", connections);
-    options.max_calls = take_count("max_calls", max_calls);
-    options.max_rows = take_count("max_rows", max_rows);
-    options.max_forwarded = take_count("max_forwarded", max_forwarded);
+    options.threads = take_size("threads", threads, 1);
+    options.connections = take_size("connections", connections, 1);
+    options.max_calls = take_size("max_calls", max_calls, 1);
+    options.max_rows = take_size("max_rows", max_rows, 1);
+    options.max_forwarded = take_size("max_forwarded", max_forwarded, 1);
     options.age =
         std::chrono::duration_cast<std::chrono::milliseconds>(take_seconds("age_s", age_s));
     const auto shared = take_served(served);

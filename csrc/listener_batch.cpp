@@ -11,8 +11,6 @@ constexpr std::size_t kSliceRows = 96;
 // Of batches while it sheds, but for one that waits behind another.
 constexpr auto kWaitingWork = std::chrono::milliseconds(1);
 
-std::string text_of(std::size_t n) { return std::to_string(n); }
-
 }  // namespace
 
 // A batch, decided in slices so that nobody waits long behind it.
@@ -65,8 +63,8 @@ bool Decider::route_batch(const std::shared_ptr<const Served>& served, Call& cal
         violations.add("texts", "expected texts or embeddings, got both");
     } else if (request.texts.count) {
         if (request.rows != 0 && request.rows != rows)
-            violations.add("rows", "expected " + text_of(rows) + " as there are texts, got " +
-                                       text_of(request.rows));
+            violations.add("rows", "expected " + std::to_string(rows) +
+                                       " as there are texts, got " + std::to_string(request.rows));
     } else if (!request.embeddings.empty()) {
         rows = request.rows;
         check_embeddings(*served, "embeddings", request.embeddings, rows, violations);
@@ -74,12 +72,12 @@ bool Decider::route_batch(const std::shared_ptr<const Served>& served, Call& cal
         violations.add("texts", "expected texts or embeddings, got neither");
     }
     if (rows > kMaxBatchRows)
-        violations.add("rows",
-                       "expected at most " + text_of(kMaxBatchRows) + ", got " + text_of(rows));
+        violations.add("rows", "expected at most " + std::to_string(kMaxBatchRows) + ", got " +
+                                   std::to_string(rows));
     const std::size_t taus = request.tau.size();
     if (taus == 0 || (taus != 1 && taus != rows))
-        violations.add("tau", "expected " + (rows <= 1 ? "1" : "1 or " + text_of(rows)) +
-                                  " values, got " + text_of(taus));
+        violations.add("tau", "expected " + (rows <= 1 ? "1" : "1 or " + std::to_string(rows)) +
+                                  " values, got " + std::to_string(taus));
     const Options options =
         take_options(*served, request.available, request.mode, request.guarantee, violations);
     if (violations.size()) {
@@ -197,7 +195,7 @@ std::optional<Refusal> Decider::Job::check_strict() const {
             status.begin());
     };
     if (const std::size_t row = find(Status::kInvalid); row < rows) {
-        const std::string place = "[" + text_of(row) + "]";
+        const std::string place = "[" + std::to_string(row) + "]";
         if (!in_range(tau(row))) return invalid("tau" + place, outside(tau(row)));
         if (!request.texts.count && !all_finite(embedding(row)))
             return invalid("embeddings" + place, "expected finite values, got NaN or infinity");

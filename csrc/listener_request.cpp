@@ -12,8 +12,6 @@ namespace {
 
 constexpr int kPolicyField = 2;  // MODE_POLICY
 
-std::string text_of(std::size_t n) { return std::to_string(n); }
-
 }  // namespace
 
 Served::Served(std::shared_ptr<const Snapshot> given, std::vector<std::string> names_,
@@ -25,8 +23,8 @@ Served::Served(std::shared_ptr<const Snapshot> given, std::vector<std::string> n
       decides_embedding(embedding),
       versions(std::move(versions_)) {
     if (names.size() != snapshot->candidates)
-        throw std::invalid_argument("names: expected " + text_of(snapshot->candidates) + ", got " +
-                                    text_of(names.size()));
+        throw std::invalid_argument("names: expected " + std::to_string(snapshot->candidates) +
+                                    ", got " + std::to_string(names.size()));
     for (unsigned i = 0; i < names.size(); ++i) {
         index.emplace(names[i], i);
         proto::put_bytes(fallback_fields.emplace_back(), 8, names[i]);
@@ -49,12 +47,12 @@ Options take_options(const Served& served, const proto::Texts& available, std::i
     Options options{.mode = served.snapshot->options.default_mode};
     if (available.count) options.available = 0;
     if (available.count > kMaxNames)
-        violations.add("available", "expected at most " + text_of(kMaxNames) + " names, got " +
-                                        text_of(available.count));
+        violations.add("available", "expected at most " + std::to_string(kMaxNames) +
+                                        " names, got " + std::to_string(available.count));
     for (std::size_t i = 0; i < available.count && available.count <= kMaxNames; ++i) {
         const auto found = served.index.find(available.kept[i]);
         if (found == served.index.end()) {
-            violations.add("available[" + text_of(i) + "]",
+            violations.add("available[" + std::to_string(i) + "]",
                            "expected a candidate of the pool, got an unknown name");
         } else {
             options.available |= std::uint64_t{1} << found->second;
@@ -86,15 +84,15 @@ void check_embeddings(const Served& served, const char* field, std::string_view 
     if (!rows) {
         violations.add("rows", "expected the number of embeddings, got 0");
     } else if (bytes.size() != expected) {
-        violations.add(field, "expected " + text_of(expected) + " bytes (" + text_of(rows) + " x " +
-                                  text_of(dim) + " float32, little-endian), got " +
-                                  text_of(bytes.size()));
+        violations.add(field, "expected " + std::to_string(expected) + " bytes (" +
+                                  std::to_string(rows) + " x " + std::to_string(dim) +
+                                  " float32, little-endian), got " + std::to_string(bytes.size()));
     }
 }
 
 Refusal no_message(const char* type, std::size_t bytes) {
     return invalid("request", std::string("expected a proteus.v1.") + type + ", got " +
-                                  text_of(bytes) + " bytes that are none");
+                                  std::to_string(bytes) + " bytes that are none");
 }
 
 Refusal no_candidate() {
@@ -106,13 +104,13 @@ Refusal infeasible(double tau, std::size_t rows, const std::optional<double>& ta
         return precondition(
             "INFEASIBLE",
             "tau: expected another mode: this one certifies no target, got " + repr(tau),
-            {{"rows", text_of(rows)}});
+            {{"rows", std::to_string(rows)}});
     char shown[32];
     std::snprintf(shown, sizeof shown, "%g", *tau_max);
     return precondition(
         "INFEASIBLE",
         std::string("tau: expected at most ") + shown + " (tau_max), got " + repr(tau),
-        {{"rows", text_of(rows)}, {"tau_max", shown}});
+        {{"rows", std::to_string(rows)}, {"tau_max", shown}});
 }
 
 std::string outside(double tau) { return "expected a number in [0, 1], got " + repr(tau); }

@@ -56,8 +56,6 @@ void drop(std::string& bytes) {
     if (bytes.capacity() > kSpareBytes) std::string().swap(bytes);
 }
 
-std::string text_of(std::size_t n) { return std::to_string(n); }
-
 void count_ending(const Call& call, int code) {
     if (!call.method || !call.method->second.counts || code < 0 || code > 16) return;
     (*call.method->second.counts)[static_cast<std::size_t>(code)].fetch_add(
@@ -182,9 +180,9 @@ void Session::header(Call& call, std::string_view name, std::string_view value) 
 void Session::headers_done(Call& call) {
     if (call.header_bytes > host_.limits.header_bytes)
         return refuse(
-            call, plain(Code::kResourceExhausted, "metadata: expected at most " +
-                                                      text_of(host_.limits.header_bytes) +
-                                                      " bytes, got " + text_of(call.header_bytes)));
+            call, plain(Code::kResourceExhausted,
+                        "metadata: expected at most " + std::to_string(host_.limits.header_bytes) +
+                            " bytes, got " + std::to_string(call.header_bytes)));
     if (!call.is_post) return answer_http(call, "405");
     if (!call.is_grpc) return answer_http(call, "415");
     const auto found = host_.methods.find(call.path);
@@ -232,8 +230,8 @@ void Session::pump(Call& call) {
                                   "grpc-encoding: expected identity, got a compressed message"));
     if (size > host_.limits.message_bytes)
         return refuse(call, plain(Code::kResourceExhausted,
-                                  "Received message larger than max (" + text_of(size) + " vs. " +
-                                      text_of(host_.limits.message_bytes) + ")"));
+                                  "Received message larger than max (" + std::to_string(size) +
+                                      " vs. " + std::to_string(host_.limits.message_bytes) + ")"));
     if (rest.size() < kPrefixBytes + size) {
         // one growth to the whole length, after the first part has shown good will
         if (rest.size() > kSpareBytes) call.in.reserve(kPrefixBytes + size);
