@@ -289,10 +289,21 @@ def embedded(
 ) -> dict[str, NDArray[np.float32]]:
     """Embeddings of distinct texts by text, made once; calls ``tick`` 100 times at most."""
     # a stage's name says nothing of the calibration rows' texts, which may have been replaced
-    arrays, key = stages.load("embeddings"), embeddings_key(source, texts)
-    if arrays is None or str(arrays["key"]) != key:
-        arrays = stages.save("embeddings", h=embed(source, texts, lambda: tick("embed"), device), key=key)
-    return dict(zip(texts, arrays["h"], strict=True))
+    key, begun = embeddings_key(source, texts), "embeddings-begun"
+
+    def load(name: str) -> NDArray[np.float32] | None:
+        arrays = stages.load(name)
+        return None if arrays is None or str(arrays["key"]) != key else arrays["h"]
+
+    h = load("embeddings")
+    if h is None:
+        h = embed(
+            source, texts, lambda: tick("embed"), device,
+            begun=load(begun), keep=lambda part: stages.save(begun, h=part, key=key),
+        )  # fmt: skip
+        stages.save("embeddings", h=h, key=key)
+        stages.drop(begun)
+    return dict(zip(texts, h, strict=True))
 
 
 def fit_frozen_predictor(

@@ -28,6 +28,7 @@ from proteus_fast.training.predictor import (
 )
 
 _SAY_EVERY_S = 30.0
+_KEEP_EVERY_S = 60.0
 _logger = logging.getLogger(__name__)
 
 
@@ -66,18 +67,37 @@ def embeddings_key(source: EncoderSource, texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def embed(source: EncoderSource, texts: Sequence[str], tick: Callable[[], None], device: str = "cpu") -> Float32:
-    """Embeddings of texts, (n, D); ``tick`` is called for each hundredth, and a line is logged every half a minute."""
+def embed(
+    source: EncoderSource,
+    texts: Sequence[str],
+    tick: Callable[[], None],
+    device: str = "cpu",
+    *,
+    begun: Float32 | None = None,
+    keep: Callable[[Float32], object] | None = None,
+) -> Float32:
+    """Embeddings of texts, (n, D); ``tick`` is called for each hundredth, and a line is logged every half a minute.
+
+    Args:
+        begun: embeddings of the first texts, as far as an earlier run came, (m, D). keep: given them every minute.
+    """
     encoder = TransformerEncoder(source, device)
-    parts = [part for part in np.array_split(np.arange(len(texts)), 100) if len(part)]
-    found = []
-    start = said = time.monotonic()
-    for part in parts:
-        found.append(to_numpy(encoder.encode([texts[i] for i in part]), "embeddings", from_gpu=True))
+    found = [] if begun is None else [begun]
+    done = 0 if begun is None else len(begun)
+    start = said = kept = time.monotonic()
+    for part in [part for part in np.array_split(np.arange(len(texts)), 100) if len(part)]:
+        # what is kept ends with a part
+        if part[0] >= done:
+            rows = encoder.encode([texts[i] for i in part])
+            found.append(to_numpy(rows, "embeddings", from_gpu=True))
         tick()
-        if time.monotonic() - said > _SAY_EVERY_S:
-            said = time.monotonic()
-            _logger.info("encoded %d of %d texts in %.0f s", part[-1] + 1, len(texts), said - start)
+        now = time.monotonic()
+        if now - said > _SAY_EVERY_S:
+            said = now
+            _logger.info("encoded %d of %d texts in %.0f s", part[-1] + 1, len(texts), now - start)
+        if keep is not None and now - kept > _KEEP_EVERY_S:
+            kept = now
+            keep(np.concatenate(found))
     return np.concatenate(found)
 
 

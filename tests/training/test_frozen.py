@@ -12,9 +12,10 @@ import pytest
 
 from proteus_fast import checkpoint
 from proteus_fast.cli import main
+from proteus_fast.encoder import TransformerEncoder
 from proteus_fast.evaluation.outcomes import OutcomeTable, is_cal, read_division, read_table
 from proteus_fast.router import Router
-from proteus_fast.training import fit_predictor
+from proteus_fast.training import fit_predictor, frozen
 from proteus_fast.training.frozen import fit_frozen
 from proteus_fast.training.train import TrainConfig, train
 from tests import encoders
@@ -74,7 +75,7 @@ def test_embeddings_are_made_once(
     out = tmp_path / "router"
     first = checkpoint.load(train(settings(data, out, directory))).sha256
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("embedded again")
 
     monkeypatch.setattr(fit_predictor, "embed", never)
@@ -90,6 +91,34 @@ def test_embeddings_are_made_once(
     # and so are those of fewer tokens
     with pytest.raises(AssertionError, match="embedded again"):
         train(settings(data, out, directory, max_tokens=20))
+
+
+def test_an_interrupted_embedding_goes_on(
+    trained: Path, data: Path, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupt(Exception):
+        pass
+
+    encode, most, encoded = TransformerEncoder.encode, [20], [0]
+
+    def counting(self: TransformerEncoder, texts: list[str]) -> Any:
+        if most[0] == 0:
+            raise Interrupt
+        most[0] -= 1
+        encoded[0] += len(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(frozen, "_KEEP_EVERY_S", -1.0)
+    monkeypatch.setattr(TransformerEncoder, "encode", counting)
+    out = tmp_path / "router"
+    with pytest.raises(Interrupt):
+        train(settings(data, out, directory))
+    most[0] = 1000
+    assert checkpoint.load(train(settings(data, out, directory))).sha256 == checkpoint.load(trained).sha256
+    division = read_division(data)
+    # each text once, whatever was interrupted
+    assert encoded[0] == len({*division.fit.prompts, *division.calibration.prompts})
+    assert not list(tmp_path.glob("router.training/*begun*"))
 
 
 def test_labels_of_calibration_rows_change_the_certificate_only(
