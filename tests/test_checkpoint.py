@@ -119,10 +119,13 @@ def test_processes_that_save_to_one_place(tmp_path: Path) -> None:
         "for _ in range(20): router.save(sys.argv[1])"
     )
     place = tmp_path / "router"
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(place)]) for _ in range(2)]
+    # away from the checkout: the installed package is meant
+    (tmp_path / "elsewhere").mkdir()
+    command = [sys.executable, "-c", program, str(place)]
+    processes = [subprocess.Popen(command, cwd=tmp_path / "elsewhere") for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     assert checkpoint.load(place).sha256 == checkpoint.load(EMBEDDED).sha256
-    assert [path.name for path in tmp_path.iterdir()] == ["router"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "router"]
 
 
 def test_what_could_not_be_loaded_is_not_saved(folder: Path) -> None:

@@ -84,7 +84,9 @@ def test_an_output_that_nobody_reads_is_no_reason_not_to_serve(socket_dir: Path,
     os.close(read)
     with (
         Path("/dev/full").open("w") as full,
-        subprocess.Popen(command, stdout=full if out == "full" else written, stderr=subprocess.PIPE) as process,
+        subprocess.Popen(
+            command, cwd=socket_dir, stdout=full if out == "full" else written, stderr=subprocess.PIPE
+        ) as process,
         Client(f"unix:{socket_dir}/s", timeout_s=10.0) as client,
     ):
         end = time.monotonic() + 30.0
