@@ -26,6 +26,7 @@ from proteus_fast.training.policy import Critic, Head, PolicyNetwork, decide
 from proteus_fast.training.start import Start
 from proteus_kernels.reference import Preference, interpolate_ref, sample_beta_ref, scores_ref
 
+_CONSTANT = 1e-5
 _SMALLEST_MU = 1e-5
 _SCALE_MEMORY = 0.95
 _BANDS = 4
@@ -189,7 +190,9 @@ class Dual:
 
 def build_network(rows: Rows, config: PolicyConfig, start: Start, seed: int) -> PolicyNetwork:
     """A policy at its start, standardised by the rows it will be trained on."""
-    mean, scale = rows.z.mean(dim=0), rows.z.std(dim=0).clamp_min(1e-6)
+    mean, scale = rows.z.mean(dim=0), rows.z.std(dim=0)
+    # a column that says nothing is left as it is: its weights are divided by its scale when the network is saved
+    scale = torch.where(scale < _CONSTANT, torch.ones_like(scale), scale)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = PolicyNetwork(

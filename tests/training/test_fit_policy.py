@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from proteus_fast.checkpoint import MAX_MAGNITUDE
 from proteus_fast.evaluation.metrics import SELECTION_TARGETS, relative_targets
 from proteus_fast.evaluation.outcomes import FOLDS, OutcomeTable, read_division
 from proteus_fast.training import fit_policy as fit_policy_module
@@ -215,7 +216,9 @@ def test_threads_are_given_back(problem: Problem) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("case", ["one candidate", "equal prices", "free", "flat costs", "all right", "all wrong"])
+@pytest.mark.parametrize(
+    "case", ["one candidate", "equal prices", "free", "flat costs", "all right", "all wrong", "one never right"]
+)
 def test_tables_with_little_to_choose(tmp_path: Path, case: str) -> None:
     table = synthetic.outcome_table(400, seed=11)
     price = table.cost_usd.mean(axis=0)
@@ -227,12 +230,15 @@ def test_tables_with_little_to_choose(tmp_path: Path, case: str) -> None:
         table = replace(table, cost_usd=np.zeros_like(table.cost_usd))
     elif case == "flat costs":
         table = replace(table, cost_usd=np.tile(price, (len(table), 1)))
+    elif case == "one never right":
+        table = replace(table, score=table.score * (np.arange(len(price)) > 0))
     else:
         table = replace(table, score=np.full_like(table.score, case == "all right"))
     problem = prepare(table, tmp_path)
     assert np.isfinite(problem.z).all()
     fitted = fit_policy(problem, replace(SMALL, steps=2), seed=0)
-    assert all(np.isfinite(tensor).all() for tensor in fitted.trainer.served.tensors().values())
+    # what a checkpoint takes: a column that is the same in every row must not blow up its weights
+    assert all((np.abs(tensor) < MAX_MAGNITUDE).all() for tensor in fitted.trainer.served.tensors().values())
     assert np.isfinite(fitted.cost_usd).all()
     assert (np.diff(fitted.path.expected_cost_usd) < 0).all()
     assert len(fitted.path.parameter) >= 1
