@@ -41,6 +41,7 @@ MAX_TENSOR_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 64
 MAX_VERTICES = 4096
+MAX_SKETCH = 1024
 MAX_DIM = 1 << 16
 # of a float in a tensor, so that four layers of MAX_DIM do not overflow
 MAX_MAGNITUDE = 1e5
@@ -63,6 +64,8 @@ class Config:
         mode: the mode that is certified and used by default. kappa: cost scale. gamma: cost sensitivity, in [2, 8].
         cost_unit_usd: USD of one cost unit. block_weight: weight of each feature block of the hash encoder, (4,).
         label_definition: what a score of 1 means. data_set, data_sha256, rows: what the router was trained on.
+        prompt_sketch: of the prompts of those rows, hashes in ascending order, see ``outcomes.prompt_sketch``; empty
+            where it is not known.
     """
 
     pool: Pool
@@ -81,6 +84,7 @@ class Config:
     data_sha256: str
     rows: int
     source: EncoderSource | None = None
+    prompt_sketch: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,7 @@ def _config_json(config: Config, sha256: Mapping[str, str]) -> dict[str, object]
             "data_set": config.data_set,
             "data_sha256": config.data_sha256,
             "rows": config.rows,
+            "prompt_sketch": "".join(f"{value:016x}" for value in config.prompt_sketch),
         },
         "sha256": dict(sha256),
     }
@@ -224,7 +229,9 @@ def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
             name.fail("printable characters, other ones for each candidate")
         candidates.append(candidate)
     encoder_kind, input_dim, block_weight, source = _read_encoder(encoder)
-    definition, data_set, data_sha256, rows = labels.fields("definition", "data_set", "data_sha256", "rows")
+    definition, data_set, data_sha256, rows, sketch = labels.fields(
+        "definition", "data_set", "data_sha256", "rows", "prompt_sketch"
+    )
     model_hash, certificate_hash = sha256.fields("model.safetensors", "certificate.json")
     heads: tuple[Literal["residual", "free"], ...] = ("residual", "free")
     head_name = None if head.is_null else head.one_of(*heads)
@@ -247,11 +254,21 @@ def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
         data_sha256=data_sha256.hexadecimal(64),
         rows=rows.integer(1, 1 << 40),
         source=source,
+        prompt_sketch=_read_sketch(sketch),
     )
     return config, {
         "model.safetensors": model_hash.hexadecimal(64),
         "certificate.json": certificate_hash.hexadecimal(64),
     }
+
+
+def _read_sketch(node: strict_json.Node) -> tuple[int, ...]:
+    digits = node.text(most=16 * MAX_SKETCH)
+    values = [digits[i : i + 16] for i in range(0, len(digits), 16)]
+    # ascending as texts is ascending as numbers, all of them being of one length
+    if len(digits) % 16 or set(digits) - set("0123456789abcdef") or values != sorted(set(values)):
+        node.fail("ascending numbers of 16 lower-case hexadecimal digits each")
+    return tuple(int(value, 16) for value in values)
 
 
 def _certificate_json(certificate: Certificate) -> dict[str, object]:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 OK, MISSED, USAGE = 0, 1, 2
 # what a shell reports of a command that SIGINT or SIGPIPE ended
 _INTERRUPTED, _READER_GONE = 130, 141
-_FEW_REPEATS = 0.95
 _DEFAULT = "default: $PROTEUS_CHECKPOINT, else the embedded router"
 # those of experiments.registry, which is not imported to parse a command line
 _EXPERIMENTS = (
@@ -209,6 +208,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         _write(report.to_markdown())
     if arguments.plot:
         report.plot(Path(arguments.plot))
+    if report.alarm is not None:
+        sys.stderr.write(f"proteus evaluate: {report.alarm}\n")
+        return MISSED
     return OK
 
 
@@ -253,7 +255,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _certify(arguments: argparse.Namespace) -> int:
     from proteus_fast import checkpoint
-    from proteus_fast.evaluation.outcomes import read_table
+    from proteus_fast.evaluation.outcomes import calibration_notes, read_table
     from proteus_fast.training.calibrate import recertify
 
     table = read_table(arguments.data)
@@ -262,13 +264,10 @@ def _certify(arguments: argparse.Namespace) -> int:
     checkpoint.save(result, arguments.out)
     certificate = result.certificate
     tau_max = certificate.tau_max(result.config.mode)
-    distinct = len(set(table.prompts))
-    if distinct < _FEW_REPEATS * certificate.n:
-        sys.stderr.write(
-            f"proteus certify: only {distinct} of {certificate.n} queries are distinct; the bound takes rows for"
-            " independent draws, and a query that the table repeats more often than traffic does makes it too high\n"
-        )
+    for note in calibration_notes(table.prompts, source.config.prompt_sketch):
+        sys.stderr.write(f"proteus certify: {note}\n")
     if arguments.json:
+        distinct = len(set(table.prompts))
         facts = {"n": certificate.n, "distinct": distinct, "delta": certificate.delta, "tau_max": tau_max}
         _write_json({"checkpoint": arguments.out, **facts})
     else:

@@ -266,6 +266,19 @@ BAD = {
     "policy mode without its path": (
         certificate(lambda c: c["paths"].pop("policy")), ValueError, "a path for dual and for the default mode"),
     "projection without tensors": (config(lambda c: c.update(projection="mlp")), ValueError, "a missing tensor"),
+    "sketch out of order": (
+        config(lambda c: c["labels"].update(prompt_sketch="1" * 16 + "0" * 16)), ValueError,
+        "labels.prompt_sketch: expected ascending numbers",
+    ),
+    "sketch cut off": (
+        config(lambda c: c["labels"].update(prompt_sketch="1" * 15)), ValueError, "prompt_sketch: expected ascending",
+    ),
+    "sketch of others": (
+        config(lambda c: c["labels"].update(prompt_sketch="g" * 16)), ValueError, "prompt_sketch: expected ascending",
+    ),
+    "sketch too long": (
+        config(lambda c: c["labels"].update(prompt_sketch="0" * 16 * 1025)), ValueError, "prompt_sketch: expected",
+    ),
     "short hash": (config(lambda c: c["labels"].update(data_sha256="ab")), ValueError, "64 lower-case hexadecimal"),
     "bit flip in the model": (
         raw("model.safetensors", lambda d: d[:-1] + bytes([d[-1] ^ 1]), signed=False), ValueError, "expected sha256"),

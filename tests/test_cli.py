@@ -14,6 +14,7 @@ import pytest
 
 from proteus_fast import checkpoint
 from proteus_fast.cli import main
+from proteus_fast.evaluation.outcomes import concatenate, read_table
 from proteus_fast.router import Router
 from tests.checkpoints import tiny_checkpoint
 from tests.evaluation import synthetic
@@ -157,10 +158,18 @@ def test_from_data_to_a_certified_router(tmp_path: Path, capsys: pytest.CaptureF
     assert main(list(words)) == 1
     shown = capsys.readouterr()
     assert "no target is certified" in shown.out
-    assert "only 40 of 200 queries are distinct" in shown.err
-    # nor do the rows that the router was trained on certify it
-    assert main(["certify", out, "--data", str(data / "train.parquet"), "--out", again]) == 2
-    assert "expected queries that the router was not trained on" in capsys.readouterr().err
+    assert "200 queries, with their repeats, say as much as 40 distinct ones" in shown.err
+    # nor do the rows that the router was trained on certify it, in whatever order, or a part of them
+    train = read_table(data / "train.parquet")
+    synthetic.write_table(tmp_path / "some.parquet", train.take(np.random.default_rng(0).permutation(len(train))[:-9]))
+    synthetic.write_table(tmp_path / "turned.parquet", train.with_candidates(train.candidates[::-1]))
+    for file in (data / "train.parquet", tmp_path / "some.parquet", tmp_path / "turned.parquet"):
+        assert main(["certify", out, "--data", str(file), "--out", again]) == 2
+        assert "expected queries that the router was not trained on, got" in capsys.readouterr().err
+    test = read_table(data / "test.parquet")
+    synthetic.write_table(tmp_path / "mixed.parquet", concatenate(test, train.take(np.arange(12))))
+    assert main(["certify", out, "--data", str(tmp_path / "mixed.parquet"), "--out", again]) == 0
+    assert "of the queries were among the training rows" in capsys.readouterr().err
     # a place that is taken is refused before any work
     assert main(["train", "--data", str(data), "--out", str(data)]) == 2
     assert "expected a checkpoint or an empty folder" in capsys.readouterr().err

@@ -193,7 +193,10 @@ def step_choices(choice: NDArray[np.int32], u: NDArray[np.uint64]) -> NDArray[np
 
 
 def leak_limit(table: OutcomeTable) -> float:
-    """Accuracy that no honest router reaches on these rows: best fixed + 50 % of the gap to the oracle."""
+    """Accuracy that no honest router reached on six real tables: best fixed + 50 % of the gap to the oracle.
+
+    It is no bound: candidates that are good at different kinds of queries are told apart honestly.
+    """
     best, oracle = float(table.score.mean(axis=0).max()), float(table.score.max(axis=1).mean())
     return best + LEAK_SHARE * (oracle - best)
 

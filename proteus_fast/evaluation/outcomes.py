@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 from proteus_fast.pool import MAX_CANDIDATES
 
 FOLDS = 5
+SKETCH = 1024
 _CAL_SHARE = 4
+_FEW_REPEATS = 0.95
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,54 @@ def fold_of(prompts: Sequence[str]) -> NDArray[np.int64]:
 def shared_prompts(first: Iterable[str], second: Iterable[str]) -> set[str]:
     """Prompts that are in both, white space around them apart."""
     return {prompt.strip() for prompt in first} & {prompt.strip() for prompt in second}
+
+
+def prompt_sketch(prompts: Iterable[str]) -> tuple[int, ...]:
+    """The smallest 1,024 of the 64-bit hashes of distinct prompts, ascending: enough to tell who else has them."""
+    return tuple(sorted({_prompt_hash(prompt) for prompt in prompts})[:SKETCH])
+
+
+def seen_share(prompts: Sequence[str], sketch: Sequence[int]) -> float:
+    """Share of prompts that a sketch is of, estimated from those that would be in it; 0 where it is of none."""
+    if not sketch:
+        return 0.0
+    # a full sketch knows of the hashes up to its largest one
+    most = sketch[-1] if len(sketch) == SKETCH else (1 << 64) - 1
+    known = set(sketch)
+    looked = [value in known for prompt in prompts if (value := _prompt_hash(prompt)) <= most]
+    return sum(looked) / len(looked) if looked else 0.0
+
+
+def _prompt_hash(prompt: str) -> int:
+    return int(hashlib.sha256(prompt.strip().encode("utf-8", "surrogatepass")).hexdigest()[24:40], 16)
+
+
+def distinct_rows(prompts: Iterable[str]) -> float:
+    """How many rows of distinct prompts say as much as these do, n^2 / sum of squared counts (Kish 1965)."""
+    counts = Counter(prompts)
+    return counts.total() ** 2 / sum(count * count for count in counts.values())
+
+
+def calibration_notes(prompts: Sequence[str], sketch: Sequence[int] = ()) -> list[str]:
+    """What makes a certificate on these rows promise too much: repeats, and prompts of the training rows.
+
+    Args:
+        sketch: of the prompts that the router was trained on, see :func:`prompt_sketch`.
+    """
+    notes = []
+    worth = distinct_rows(prompts)
+    if worth < _FEW_REPEATS * len(prompts):
+        notes.append(
+            f"{len(prompts)} queries, with their repeats, say as much as {worth:.0f} distinct ones; the bound takes"
+            " rows for independent draws, and a query that they repeat more often than traffic does makes it too high"
+        )
+    share = seen_share(prompts, sketch)
+    if share > 0.0:
+        notes.append(
+            f"about {share:.1%} of the queries were among the training rows; a router does better there than on others,"
+            " and the bound is too high unless traffic repeats them as often"
+        )
+    return notes
 
 
 @dataclass(frozen=True)

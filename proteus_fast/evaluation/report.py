@@ -14,6 +14,7 @@ from proteus_fast import _core
 from proteus_fast.certificate import Guarantee, Status
 from proteus_fast.evaluation.baselines import best_fixed, fit_text_baselines
 from proteus_fast.evaluation.metrics import (
+    LEAK_SHARE,
     RELATIVE_TARGETS,
     hull_cost,
     leak_limit,
@@ -23,7 +24,7 @@ from proteus_fast.evaluation.metrics import (
     relative_targets,
     step_choices,
 )
-from proteus_fast.evaluation.outcomes import Division, OutcomeTable, shared_prompts
+from proteus_fast.evaluation.outcomes import Division, OutcomeTable, seen_share, shared_prompts
 from proteus_fast.router import Router
 
 Float32 = NDArray[np.float32]
@@ -31,10 +32,11 @@ FloatArray = NDArray[np.float64]
 
 _FRONTIER_POINTS = 60
 _SHUFFLED = 0.05
+_ALARM_ERRORS = 2.0
 
 
 class LeakError(ValueError):
-    """The evaluated rows are known to the router, or it does better than an honest one can."""
+    """The evaluated rows are known to the router, or a run of ours does better than an honest one can."""
 
 
 class Baselines(NamedTuple):
@@ -85,7 +87,8 @@ class Report:
     """Everything that ``evaluate`` found.
 
     Attributes:
-        n: evaluated rows. notes: what a reader has to know before believing the figures.
+        n: evaluated rows. notes: what a reader has to know before believing the figures. alarm: set where the router is
+            more accurate than a router of one pool of similar candidates ever was without a leak, see ``evaluate``.
         fixed: the fixed candidates, in the order of ``candidates``; cheapest and best_fixed index into them, the latter
             the best on the calibration rows, None without them. frontiers: what the plot draws as lines.
     """
@@ -100,6 +103,7 @@ class Report:
     cheapest: int
     best_fixed: int | None
     frontiers: tuple[Frontier, ...]
+    alarm: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain values for ``json.dumps``; what is not there is None."""
@@ -129,7 +133,7 @@ class Report:
                 ", ".join(f"{name} {row.share[name]:.0%}" for name in most if row.share[name] > 0),
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"\n{note}" for note in (*self.notes, self.alarm) if note)])
 
     def _describe(self, index: int) -> str:
         accuracy, cost = self.fixed.accuracy[index], float(self.fixed.cost_usd[index])
@@ -243,10 +247,30 @@ def _check_split(table: OutcomeTable, split: str, division: Division) -> None:
         raise LeakError(f"{table.name}/{split}: expected no prompt of train or val, got {len(crossing)} of them")
 
 
+def _alarm(table: OutcomeTable, tau: float, choice: NDArray[np.int32]) -> str | None:
+    """What is to be said where the rows of one target are beyond the leak limit by more than chance."""
+    accuracy, limit = realised(table, choice)[0], leak_limit(table)
+    best = int(table.score.mean(axis=0).argmax())
+    # row by row, its score less what makes the limit
+    limits = table.score[:, best] + LEAK_SHARE * (table.score.max(axis=1) - table.score[:, best])
+    beyond = table.score[np.arange(len(table)), choice] - limits
+    error = float(beyond.std()) / np.sqrt(len(table))
+    if beyond.mean() <= max(_ALARM_ERRORS * error, 1e-9):
+        return None
+    return (
+        f"accuracy {accuracy:.4f} at tau {tau:g}, more than {_ALARM_ERRORS:g} standard errors beyond {limit:.4f}, best"
+        f" fixed + {LEAK_SHARE:.0%} of the gap to the oracle: labels may have reached the router. Candidates that are"
+        " good at queries of different kinds, which the router tells apart, get there honestly."
+    )
+
+
 def _notes(router: Router, table: OutcomeTable, split: str, division: Division | None) -> list[str]:
     notes = []
+    seen = seen_share(table.prompts, router.checkpoint.config.prompt_sketch)
     if split in ("train", "val") or table.sha256 == router.certificate.data_sha256:
         notes.append(f"The router has seen {split}: these are not held-out figures.")
+    elif seen > 0.0:
+        notes.append(f"The router was trained on about {seen:.1%} of these queries: these are not held-out figures.")
     if division is None:
         notes.append("No train and val rows beside the evaluated ones: no baseline was fitted.")
     elif division.calibration.with_candidates(router.pool.names).sha256 != router.certificate.data_sha256:
@@ -281,8 +305,12 @@ def evaluate(
         guarantee: also of the baselines. x: embeddings of the rows, (n, D); None: the router encodes the prompts.
         progress: called three times while baselines are fitted.
 
+    Returns:
+        The report, with an alarm where an accuracy is beyond best fixed + 50 % of the gap to the oracle by more than
+        two standard errors: on six real tables no honest router came as far.
+
     Raises:
-        LeakError: prompts of other splits among the rows, or an accuracy beyond best fixed + 50 % of the oracle gap.
+        LeakError: prompts of other splits among the rows.
         ValueError: the table lacks a candidate, or a target is not in [0, 1].
     """
     names = router.pool.names
@@ -294,13 +322,8 @@ def evaluate(
         taus = relative_targets(router.pool.mean_score, router.pool.price_usd, RELATIVE_TARGETS).round(6).tolist()
     ours = _Contender("proteus", router, router.encode(table.prompts) if x is None else x)
     answers = [_answer(ours, table, float(tau), guarantee) for tau in taus]
-    limit = leak_limit(table)
-    for row in answers:
-        if row.accuracy > limit:
-            raise LeakError(
-                f"{table.name}/{split}: expected an accuracy of at most {limit:.4f} (best fixed + 50 % of the gap to "
-                f"the oracle), got {row.accuracy:.4f} at tau {row.tau:g}: labels have reached the router"
-            )
+    top = max(answers, key=lambda row: row.accuracy)
+    alarm = _alarm(table, top.tau, router.route_batch(ours.x, top.tau, guarantee=guarantee).choice)
     others: list[_Contender] = []
     best: int | None = None
     if division is not None:
@@ -329,4 +352,5 @@ def evaluate(
         cheapest=router.pool.cheapest,
         best_fixed=best,
         frontiers=(*(contender.path(table) for contender in (ours, *others)), *_bounds(table, router.pool.price_usd)),
+        alarm=alarm,
     )

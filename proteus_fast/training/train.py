@@ -30,7 +30,7 @@ from proteus_fast.evaluation.metrics import (
     plug_in_curve,
     relative_targets,
 )
-from proteus_fast.evaluation.outcomes import FOLDS, Division, fold_of, read_division
+from proteus_fast.evaluation.outcomes import FOLDS, Division, calibration_notes, fold_of, read_division
 from proteus_fast.training import predictor
 from proteus_fast.training.calibrate import PolicyPart, plug_in_checkpoint
 from proteus_fast.training.curves import write_policy_curves, write_search_curves
@@ -192,6 +192,8 @@ def train(config: TrainConfig) -> Path:
     division = read_division(config.data)
     fit = division.fit
     known = (*fit.prompts, *division.calibration.prompts)
+    for note in calibration_notes(division.calibration.prompts):
+        _logger.warning("calibration rows: %s", note)
     unlabelled = () if config.unlabelled is None else read_prompts(config.unlabelled, known)
     if len(fit) + len(unlabelled) > MOST_ROWS and unlabelled:
         most = max(MOST_ROWS - len(fit), 0)

@@ -15,13 +15,18 @@ import pytest
 
 from proteus_fast import Router
 from proteus_fast.evaluation.outcomes import (
+    SKETCH,
     Division,
     OutcomeTable,
+    calibration_notes,
     concatenate,
+    distinct_rows,
     fold_of,
     is_cal,
+    prompt_sketch,
     read_division,
     read_table,
+    seen_share,
     shared_prompts,
 )
 from tests.conftest import TABLES
@@ -234,3 +239,26 @@ def test_one_seed_gives_one_model(folder: Path, router: Router, train_on: Callab
         assert tensor.tobytes() == again.tensors[name].tobytes(), name
     assert np.array_equal(again.certificate.paths["dual"].successes, first.certificate.paths["dual"].successes)
     assert other.certificate.key != first.certificate.key
+
+
+def test_a_sketch_tells_who_was_seen() -> None:
+    mine, others = [f"mine {i}" for i in range(5000)], [f"other {i}" for i in range(5000)]
+    sketch = prompt_sketch(mine)
+    assert len(sketch) == SKETCH
+    assert sketch == prompt_sketch([f"  {prompt}\n" for prompt in reversed(mine)] * 2)
+    assert seen_share(mine, sketch) == seen_share(mine[:300], sketch) == 1.0
+    assert seen_share(others, sketch) == 0.0
+    assert seen_share(mine[:1000] + others[:3000], sketch) == pytest.approx(0.25, abs=0.05)
+    # a few rows are all known
+    assert seen_share(["mine 1", "other 1"], prompt_sketch(mine[:10])) == 0.5
+    assert seen_share(mine, ()) == 0.0
+
+
+def test_repeats_are_weighed() -> None:
+    assert distinct_rows(["a", "b", "c"]) == 3.0
+    assert distinct_rows(["a", "b", "c"] * 7) == 3.0
+    # one query 75 times among 1,500: 95 % are distinct, which says little
+    rows = [f"text {i}" for i in range(1425)] + ["again"] * 75
+    assert distinct_rows(rows) == pytest.approx(1500**2 / (1425 + 75**2))
+    assert calibration_notes(rows)[0].startswith("1500 queries, with their repeats, say as much as 319 distinct ones")
+    assert calibration_notes(rows[:1425]) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +174,36 @@ def test_labels_in_the_predictions_trip_the_alarm(division: Division, test_table
     """The true scores for p, as a router whose features hold the label would have them."""
     x = division.calibration.score.astype(np.float32)
     leaky = Router(plug_in_checkpoint(division.fit, division.fit.score, division.calibration, x, delta=0.1, seed=0))
-    with pytest.raises(LeakError, match="labels have reached the router"):
-        evaluate(leaky, test_table, [0.8, 0.9], x=test_table.score.astype(np.float32))
+    report = evaluate(leaky, test_table, [0.8, 1.0], x=test_table.score.astype(np.float32))
+    assert report.alarm is not None
+    assert "labels may have reached the router" in report.alarm
+    assert report.alarm in report.to_markdown()
 
 
 def test_an_honest_router_trips_no_alarm_at_any_target(router: Router, test_table: OutcomeTable) -> None:
-    evaluate(router, test_table, np.linspace(0, 1, 51).tolist())
+    report = evaluate(router, test_table, np.linspace(0, 1, 51).tolist())
+    assert report.alarm is None
+    # nor by chance on few rows
+    for seed in range(20):
+        few = test_table.take(np.random.default_rng(seed).choice(len(test_table), 30, replace=False))
+        assert evaluate(router, few, [0.8]).alarm is None
+
+
+def test_a_candidate_that_is_never_beaten_trips_no_alarm(router: Router, test_table: OutcomeTable) -> None:
+    best = int(np.argmax(router.pool.mean_score))
+    for seed in range(20):
+        score = np.random.default_rng(seed).random(test_table.score.shape)
+        score[:, best] = score.max(axis=1)
+        assert evaluate(router, replace(test_table, score=score), [1.0]).alarm is None
+
+
+def test_rows_that_were_trained_on_are_called_so(router: Router, test_table: OutcomeTable, division: Division) -> None:
+    known = division.fit.take(np.random.default_rng(0).permutation(len(division.fit)))
+    notes = evaluate(router, known, [0.6]).notes
+    assert any("was trained on about 100.0% of these queries" in note for note in notes)
+    mixed = concatenate(test_table, known.take(np.arange(100)))
+    assert any("not held-out figures" in note for note in evaluate(router, mixed, [0.6]).notes)
+    assert not any("held-out" in note for note in evaluate(router, test_table, [0.6]).notes)
 
 
 def test_shuffled_scores_are_noted(router: Router, test_table: OutcomeTable) -> None:
