@@ -368,7 +368,8 @@ def plan(tau: float, headroom: float, delta: float = 0.1, power: float = 0.9) ->
     """Labels needed so that tau is certified with the given power.
 
     Args:
-        tau: target, in (0, 1). headroom: true accuracy of the most accurate policy minus tau, > 0, tau + headroom <= 1.
+        tau: target, in (0, 1). headroom: true accuracy of the most accurate policy minus tau, tau + headroom <= 1, and
+            at least a step of the grid (.001) above the target that is served for tau, the next one of the grid.
         delta: error probability of the certificate. power: probability that the certificate succeeds.
 
     Returns:
@@ -379,11 +380,13 @@ def plan(tau: float, headroom: float, delta: float = 0.1, power: float = 0.9) ->
         raise ValueError(f"tau: expected a number in (0, 1), got {tau}")
     if not headroom > 0.0 or tau + headroom > 1.0 + 1e-12:
         raise ValueError(f"headroom: expected a number in (0, {1.0 - tau:g}], got {headroom}")
-    if headroom < 1e-3:
-        raise ValueError(f"headroom: expected at least one step of the grid (.001), got {headroom}")
+    accuracy, served = min(tau + headroom, 1.0), tau_index(tau) / TAU_STEPS
+    if accuracy - served < 1e-3 - 1e-9:
+        least = f"at least one step of the grid (.001) above {served:g}, which is served"
+        raise ValueError(f"headroom: expected {least}, got {headroom} above {tau}")
+    tau, headroom = served, accuracy - served
     if not 0.5 <= power < 1.0:
         raise ValueError(f"power: expected a number in [.5, 1), got {power}")
-    accuracy = min(tau + headroom, 1.0)
     normal = NormalDist()
     spread = -normal.inv_cdf(delta) * np.sqrt(tau * (1 - tau)) + normal.inv_cdf(power) * np.sqrt(
         accuracy * (1 - accuracy)

@@ -150,8 +150,9 @@ def _train(arguments: argparse.Namespace) -> int:
 def _was_kept(out: Path, stage: str) -> bool:
     """What the training's log last said of a part that is kept only where it costs less."""
     log = out.with_name(out.name + ".training") / "log.jsonl"
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    return bool([entry["kept"] for entry in entries if entry["stage"] == stage][-1])
+    # an earlier run that was killed may have left half a line
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if f'"{stage}"' in line]
+    return bool(json.loads(lines[-1])["kept"])
 
 
 def _experiment(arguments: argparse.Namespace) -> int:

@@ -116,9 +116,11 @@ def test_plan_matches_published_figures(headroom: float, labels: int) -> None:
 @given(st.floats(0.3, 0.95), st.floats(0.02, 0.05), st.sampled_from([0.02, 0.05, 0.1, 0.2]))
 def test_plan_has_the_power_it_promises(tau: float, headroom: float, delta: float) -> None:
     n = plan(tau, headroom, delta)
+    # what is served for a target between the grid's is the next one
+    served = tau_index(tau) / TAU_STEPS
 
     def power(rows: int) -> float:
-        return float(stats.binom.sf(critical_count(rows, delta, tau) - 1, rows, tau + headroom))
+        return float(stats.binom.sf(critical_count(rows, delta, served) - 1, rows, tau + headroom))
 
     assert all(power(rows) >= 0.9 - 1e-9 for rows in range(n, n + 40))
     assert power(n - 1) < 0.9
@@ -131,6 +133,10 @@ def test_plan_has_the_power_it_promises(tau: float, headroom: float, delta: floa
         ((0.9, 0.0, 0.1), "headroom: expected"),
         ((0.9, 0.2, 0.1), "headroom: expected"),
         ((0.9, 1e-5, 0.1), "headroom: expected"),
+        (
+            (0.8501, 0.0015, 0.1),
+            r"headroom: expected at least one step .* above 0\.851, which is served",
+        ),
         ((0.9, float("nan"), 0.1), "headroom: expected"),
         ((0.9, 0.01, 0.5), "delta: expected"),
         ((0.9, 0.01, float("nan")), "delta: expected"),

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+_logger = logging.getLogger(__name__)
 
 
 class Stages:
@@ -31,8 +37,13 @@ class Stages:
         path = self.folder / f"{self._prefix}{name}.npz"
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            # a machine that stopped may leave one so
+            _logger.warning("%s: expected a finished stage, got %s; it runs again", path, type(error).__name__)
+            return None
 
     def save(self, name: str, **arrays: Any) -> dict[str, NDArray[Any]]:
         """Keep the arrays of a stage; a reader never sees a part of them."""
@@ -40,9 +51,14 @@ class Stages:
             return {key: np.asarray(value) for key, value in arrays.items()}
         path = self.folder / f"{self._prefix}{name}.npz"
         partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.rename(path)
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
         return {key: np.asarray(value) for key, value in arrays.items()}
 
     def drop(self, name: str) -> None:
