@@ -73,14 +73,18 @@ def draw_state(seed: Any, device: torch.device) -> Tensor:
     """
     if isinstance(seed, Tensor):
         return seed
+    state = torch.full((2,), _signed(seed), dtype=torch.int64, device=device)
+    state[1:].zero_()
+    return state
+
+
+def _signed(seed: Any) -> int:
+    """The bits of a seed as a signed integer, which tensors and operators take."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise TypeError(f"seed: expected an int or a tensor of seed and offset, got {type(seed).__name__}")
     if not 0 <= seed <= _MASK64:
         raise ValueError(f"seed: expected an int from 0 to {_MASK64}, got {seed}")
-    signed = int(seed) - (1 << 64) if int(seed) >> 63 else int(seed)
-    state = torch.full((2,), signed, dtype=torch.int64, device=device)
-    state[1:].zero_()
-    return state
+    return int(seed) - (1 << 64) if int(seed) >> 63 else int(seed)
 
 
 def _to_tau(tau: Any, place: object) -> float | Tensor:
@@ -127,6 +131,7 @@ def route_batch(
     if torch.compiler.is_compiling():
         return _call_operator(router, tensor, tau, mode=mode, guarantee=guarantee, strict=strict, **arguments)
     x = _to_tensor(tensor)
+    tau = _to_tau(_to_tensor(tau), x.device)
     answers = decide(router.on_device(x.device), x, tau, mode=mode, guarantee=guarantee, **arguments)
     if strict:
         target = tau.double().cpu().numpy() if isinstance(tau, Tensor) and tau.dim() else float(tau)
@@ -214,10 +219,8 @@ def _call_operator(
     router: Router, tensor: Tensor, tau: Any, *, mask: Any, available: Any, price_usd: Any, ids: Any,
     mode: Mode | None, guarantee: Guarantee, strict: bool, sample: bool, seed: Any,
 ) -> Answers:  # fmt: skip
-    number, tau = (0.0, tau) if isinstance(tau, Tensor) else (float(tau), None)
-    words, seed = (0, seed) if isinstance(seed, Tensor) else (seed or 0, None)
-    # the operator's integers are signed
-    words = words - (1 << 64) if words >> 63 else words
+    number, tau = (0.0, tau) if isinstance(tau, Tensor) else (_to_tau(tau, tensor.device), None)
+    words, seed = (0, seed) if isinstance(seed, Tensor) or seed is None else (_signed(seed), None)
     answers: Answers = _operator(
         tensor,
         tau,

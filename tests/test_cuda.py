@@ -168,6 +168,13 @@ def test_compiled_graphs_hold_one_call(router: Router, x: np.ndarray) -> None:
             assert torch.equal(got, expected)
     with pytest.raises(ValueError, match=r"^tau: expected at most .*, got 1 at row 0"):
         compiled(rows, 1.0, strict=True)
+    # what the plain call refuses is refused while it is traced
+    for wrong, text in (
+        ({"tau": True}, "tau: expected a number or a tensor on cpu, got bool"),
+        ({"tau": 0.5, "sample": True, "seed": (1 << 64) + 5}, "seed: expected an int from 0 to"),
+    ):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=text):
+            compiled(rows, **wrong)
     inside = compiled(rows[:3], 0.8)
     assert torch.equal(inside[0], route(rows[:3], 0.8)[0])
 

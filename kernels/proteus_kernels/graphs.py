@@ -112,6 +112,8 @@ class CapturedDecide:
                 )
             tau_window.copy_(tau.detach())
             self._tau_number = None
+        elif isinstance(tau, bool):
+            raise TypeError("tau: expected a number or a tensor, got bool")
         elif not 0.0 <= tau <= 1.0:
             raise ValueError(f"tau: expected a number in [0, 1], got {tau}")
         elif tau != self._tau_number:

@@ -224,7 +224,9 @@ class Snapshot:
         if state is not None:
             if not policy:
                 raise ValueError('sample: expected mode "policy", got mode "dual"')
-            self._check("state", state, (torch.int64,), ((2,),))
+            # read by its address, and advanced in place by who replays a graph
+            if not self._check("state", state, (torch.int64,), ((2,),)).is_contiguous():
+                raise ValueError(f"state: expected a contiguous tensor, got strides {state.stride()}")
         tau_tensor, tau_stride, tau_number, grid_index = None, 0, 0.0, 0
         if isinstance(tau, Tensor):
             tau_tensor = self._check("tau", tau, FLOATS, ((rows,), ()))

@@ -301,6 +301,7 @@ def test_strides_and_broadcast() -> None:
         ({"ids": torch.zeros(1)}, TypeError, "ids: expected int64 or uint64, got float32"),
         ({"ids": torch.zeros(2, dtype=torch.int64)}, ValueError, r"ids: expected shape \(1,\), got \(2,\)"),
         ({"state": torch.zeros(3, dtype=torch.int64)}, ValueError, r"state: expected shape \(2,\), got \(3,\)"),
+        ({"state": torch.zeros(2, 2, dtype=torch.int64)[:, 0]}, ValueError, "state: expected a contiguous tensor"),
         ({"state": torch.zeros(2, dtype=torch.int64), "mode": "dual"}, ValueError, 'sample: expected mode "policy"'),
         ({"mask": torch.ones(1, 2)}, ValueError, "tensor: expected hidden states"),
     ],
