@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +75,7 @@ class DataSet:
     rows: int
     taus: FloatArray
     methods: dict[str, Method]
-    settings: dict[str, dict[str, float]]
+    settings: dict[str, dict[str, Any]]
 
 
 def measure(folder: Path, router: Router, draws: int, seed: int) -> DataSet:
@@ -90,7 +91,7 @@ def measure(folder: Path, router: Router, draws: int, seed: int) -> DataSet:
     knn, ridge = fit_text_baselines(fit)
     predicted = {
         OURS: router.snapshot.scores(router.encode(table.prompts), ANY_TAU)[5].astype(np.float64),
-        **{baseline.name: np.clip(baseline.predict(table.prompts), 0.0, 1.0) for baseline in (ridge, knn)},
+        **{baseline.name: baseline.predict(table.prompts) for baseline in (ridge, knn)},
     }
     curves = {name: plug_in_curve(p, price, table) for name, p in predicted.items()} | {"hull": fixed_curve(table)}
     methods = {
@@ -99,7 +100,7 @@ def measure(folder: Path, router: Router, draws: int, seed: int) -> DataSet:
     }
     methods["best_fixed"] = Method(np.full(len(taus), table.cost_usd[:, best].mean()), None)
     methods["oracle"] = Method(np.array([oracle_cost(table, float(tau)) for tau in taus]), None)
-    settings = {baseline.name: dict(baseline.setting) for baseline in (ridge, knn)}
+    settings = {baseline.name: dict(baseline.setting) | {"link": baseline.link} for baseline in (ridge, knn)}
     return DataSet(folder.resolve().name, len(table), taus, methods, settings)
 
 
@@ -174,6 +175,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if len(arguments.data) != len(arguments.checkpoint):
         parser.error(f"--checkpoint: expected one for each of {len(arguments.data)} --data")
+    names = [folder.resolve().name for folder in arguments.data]
+    if len(set(names)) < len(names):
+        parser.error(f"--data: expected folders of different names, got {', '.join(names)}")
     pairs = list(zip(arguments.data, arguments.checkpoint, strict=True))
     sets = [
         measure(folder, Router.load(path), arguments.draws, arguments.seed)

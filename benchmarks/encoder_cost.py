@@ -148,8 +148,11 @@ def main() -> int:
         named = dict(pair.partition("=")[::2] for pair in pairs)
         if not named or not all(named.values()):
             parser.error(f"--set: expected DIR NAME=CKPT ..., got {folder} {' '.join(pairs)}")
+        place = Path(folder).resolve().name
+        if place in sets:
+            parser.error(f"--set: expected folders of different names, got {place} twice")
         routers = {name: Router.load(path) for name, path in named.items()}
-        sets[Path(folder).name] = measure(Path(folder), routers, mean_of, arguments.draws, arguments.seed)
+        sets[place] = measure(Path(folder), routers, mean_of, arguments.draws, arguments.seed)
     text = markdown(sets)
     print(text)
     if arguments.markdown:

@@ -1,9 +1,10 @@
 """What a learned router has to beat.
 
 Text baselines predict the accuracy of every candidate, as ours does, and differ in nothing else: their settings are
-chosen out of fold inside fit by the same criterion (``metrics.selection_cost``) with as many trials (28), and their
-predictions get the same path, calibration rows and certificate (``training.calibrate.plug_in_checkpoint``). Vocabulary
-and document frequencies come from all fit prompts, held-out folds included: they hold no label.
+chosen out of fold inside fit by the same criterion (``metrics.selection_cost``), 28 of them through both links (ours:
+as many without a teacher, which no baseline has), and their predictions get the same path, calibration rows and
+certificate (``training.calibrate.plug_in_checkpoint``). Vocabulary and document frequencies come from all fit prompts,
+held-out folds included: they hold no label.
 
 Beside them stand the best fixed candidate and three that are defined elsewhere:
 
@@ -25,6 +26,7 @@ import numpy as np
 import scipy.sparse
 from numpy.typing import NDArray
 
+from proteus_fast.evaluation.links import LINKS, Link, through_link
 from proteus_fast.evaluation.metrics import selection_cost
 from proteus_fast.evaluation.outcomes import FOLDS, Division, OutcomeTable, fold_of
 from proteus_fast.router import Router
@@ -87,12 +89,14 @@ class Baseline:
     """A predictor of every candidate's accuracy, tuned inside fit.
 
     Attributes:
-        name: ``knn`` or ``tfidf_ridge``. setting: what was chosen. cost_usd: its out-of-fold selection cost.
-        p: its out-of-fold predictions on the fit rows, (n, K). predict: its predictions for m texts, (m, K).
+        name: ``knn`` or ``tfidf_ridge``. setting: what was chosen. link: what its predictions went through. cost_usd:
+            its out-of-fold selection cost.
+        p: its out-of-fold predictions on the fit rows, (n, K), in [0, 1]. predict: its predictions for m texts, (m, K).
     """
 
     name: str
     setting: Mapping[str, float]
+    link: Link
     cost_usd: float
     p: FloatArray
     predict: Callable[[Sequence[str]], FloatArray]
@@ -113,16 +117,21 @@ class Baseline:
 class _Trial:
     vectors: Vectors
     value: float
+    link: Link
     p: FloatArray
     cost_usd: float
 
 
 def _cheapest_trial(fit: OutcomeTable, predictions: Iterator[tuple[Vectors, float, FloatArray]]) -> _Trial:
-    price = fit.cost_usd.mean(axis=0)
-    trials = (
-        _Trial(vectors, value, p, selection_cost(np.clip(p, 0.0, 1.0), price, fit)) for vectors, value, p in predictions
-    )
-    return min(trials, key=lambda trial: trial.cost_usd)
+    price, mean = fit.cost_usd.mean(axis=0), fit.score.mean(axis=0)
+
+    def trials() -> Iterator[_Trial]:
+        for vectors, value, linear in predictions:
+            for link in LINKS:
+                p = through_link(linear, mean, link)
+                yield _Trial(vectors, value, link, p, selection_cost(p, price, fit))
+
+    return min(trials(), key=lambda trial: trial.cost_usd)
 
 
 def _nearest(similarity: Float32, score: FloatArray, neighbours: Sequence[int]) -> list[FloatArray]:
@@ -171,10 +180,10 @@ def fit_knn(fit: OutcomeTable, vectors: Sequence[Vectors] | None = None) -> Base
         for start in range(0, len(texts), _CHUNK):
             similarity = _similarity(best.vectors.of(texts[start : start + _CHUNK]), best.vectors.x)
             parts += _nearest(similarity, fit.score, [k])
-        return np.concatenate(parts)
+        return through_link(np.concatenate(parts), fit.score.mean(axis=0), best.link)
 
     setting = {"k": k, "min_documents": best.vectors.min_documents}
-    return Baseline("knn", setting, best.cost_usd, best.p, predict)
+    return Baseline("knn", setting, best.link, best.cost_usd, best.p, predict)
 
 
 def ridge_path(
@@ -244,10 +253,11 @@ def fit_tfidf_ridge(fit: OutcomeTable, vectors: Sequence[Vectors] | None = None)
     *_, (_, weight, intercept) = ridge_path(best.vectors.x, fit.score, ways)
 
     def predict(texts: Sequence[str]) -> FloatArray:
-        return np.asarray(best.vectors.of(texts) @ weight + intercept, np.float64)
+        linear = np.asarray(best.vectors.of(texts) @ weight + intercept, np.float64)
+        return through_link(linear, fit.score.mean(axis=0), best.link)
 
     setting = {"alpha": best.value, "min_documents": best.vectors.min_documents}
-    return Baseline("tfidf_ridge", setting, best.cost_usd, best.p, predict)
+    return Baseline("tfidf_ridge", setting, best.link, best.cost_usd, best.p, predict)
 
 
 def fit_text_baselines(fit: OutcomeTable, progress: Callable[[], Any] = lambda: None) -> tuple[Baseline, Baseline]:

@@ -22,16 +22,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from proteus_fast.evaluation.links import Link, through_link
 from proteus_fast.evaluation.outcomes import FOLDS, read_parquet
 from proteus_fast.training.crossfit import CrossFit, cross_fit, solve_columns
 from proteus_fast.training.predictor import (
     Float32,
     FloatArray,
-    Link,
     Shrinkage,
     fit_shrinkages,
     solve_duals,
-    through_link,
 )
 
 KERNELS = ((0.5, 2.0), (1.0, 1.0), (2.0, 0.5))

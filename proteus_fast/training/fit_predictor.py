@@ -12,6 +12,7 @@ import scipy.sparse
 from numpy.typing import NDArray
 
 from proteus_fast.encoder import EncoderSource
+from proteus_fast.evaluation.links import Link, linked_head, through_link
 from proteus_fast.evaluation.metrics import (
     SELECTION_TARGETS,
     bootstrap_log_ratio,
@@ -50,7 +51,7 @@ _logger = logging.getLogger(__name__)
 
 def _search(
     config: TrainConfig, division: Division, features: predictor.Features, stages: Stages, tick: Callable[[str], None]
-) -> tuple[tuple[float, ...], predictor.Shrinkage, predictor.Link, list[dict[str, Any]]]:
+) -> tuple[tuple[float, ...], predictor.Shrinkage, Link, list[dict[str, Any]]]:
     fit = division.fit
     fold, price = fold_of(fit.prompts), fit.cost_usd.mean(axis=0)
     found: list[dict[str, NDArray[Any]]] = []
@@ -83,7 +84,7 @@ def _search(
         {"block_weight": weights, "cost_usd": float(arrays["costs"].min()), "error": float(arrays["error"])}
         for weights, arrays in zip(config.block_weights, found, strict=True)
     ]
-    link: predictor.Link = "sigmoid" if str(chosen["link"]) == "sigmoid" else "clip"
+    link: Link = "sigmoid" if str(chosen["link"]) == "sigmoid" else "clip"
     return config.block_weights[best], shrinkage, link, summary
 
 
@@ -126,7 +127,7 @@ class _Regression:
 
     features: predictor.Features
     linear: FloatArray
-    link: predictor.Link
+    link: Link
     shrinkage: predictor.Shrinkage
     dual: FloatArray
     mean: FloatArray
@@ -165,8 +166,8 @@ def _distil(
     for trial in trials:
         stages.log(stage="distil", **trial._asdict())
     mean_score = fit.score.mean(axis=0)
-    p_without = predictor.through_link(closed.linear, mean_score, closed.link)
-    p = predictor.through_link(student.p, mean_score, student.trial.link)
+    p_without = through_link(closed.linear, mean_score, closed.link)
+    p = through_link(student.p, mean_score, student.trial.link)
     without = cost_of(p_without)
     kept = student.trial.cost_usd < without
     taus = relative_targets(mean_score, price, SELECTION_TARGETS)
@@ -240,7 +241,7 @@ def fit_predictor(
     def linked(hashed: predictor.HashPredictor) -> predictor.HashPredictor:
         # a column of cost is for the policy's eyes only
         weight, bias = hashed.weight[:, :candidates].astype(np.float64), hashed.bias[:candidates].astype(np.float64)
-        head = predictor.linked_head(np.ascontiguousarray(weight), bias, mean_score, found.link)
+        head = linked_head(np.ascontiguousarray(weight), bias, mean_score, found.link)
         return replace(hashed, weight=head[0], bias=head[1], link=found.link)
 
     if config.mode == "dual":
@@ -250,7 +251,7 @@ def fit_predictor(
         h = hashed.encode(fit.prompts)
         h[:, :candidates] = (found.linear - mean) / np.diag(hashed.weight[:candidates])
         tick("table")
-        return Predictor(linked(hashed), predictor.through_link(found.linear, mean_score, found.link), h, tried, None)
+        return Predictor(linked(hashed), through_link(found.linear, mean_score, found.link), h, tried, None)
     fold, scale = fold_of(fit.prompts), log_cost_scale(fit)
     squared_norm = float(np.square(block_weight).sum())
     arrays = stages.load("crossfit")
@@ -273,7 +274,7 @@ def fit_predictor(
         return np.concatenate([centred / size, others], axis=-1).astype(np.float32)
 
     plain, nested = (
-        predictor.through_link(arrays[name][..., :-1] + mean, mean_score, found.link) for name in ("plain", "nested")
+        through_link(arrays[name][..., :-1] + mean, mean_score, found.link) for name in ("plain", "nested")
     )
     price = fit.cost_usd.mean(axis=0)
     unit, kappa = cost_unit_and_scale(plain, price)

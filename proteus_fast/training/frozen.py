@@ -14,16 +14,13 @@ from numpy.typing import NDArray
 from proteus_fast.arrays import to_numpy
 from proteus_fast.checkpoint import Array
 from proteus_fast.encoder import EncoderSource, TransformerEncoder
+from proteus_fast.evaluation.links import LINKS, Link, linked_head, through_link
 from proteus_fast.training.predictor import (
-    LINKS,
     Float32,
     FloatArray,
-    Link,
     Trial,
     fit_dual,
     fit_shrinkages,
-    linked_head,
-    through_link,
     try_links,
 )
 
@@ -38,7 +35,7 @@ class FrozenPredictor:
 
     Attributes:
         source: the transformer. embeddings: of the texts that training needs, by text. weight, bias: (D, K), (K,).
-        link: see ``through_link``. block_weight: none, as the hash encoder alone has them.
+        link: see ``links.through_link``. block_weight: none, as the hash encoder alone has them.
     """
 
     source: EncoderSource
@@ -132,7 +129,7 @@ def fit_frozen(
     Args:
         h: embeddings of the fit rows, (n, D). score: labels, (n, K). fold: (n,). cost_of: of predictions (n, K).
         alphas: penalties tried, in units of an embedding's mean squared norm. variants: see ``fit_shrinkages``.
-        links: see ``through_link``.
+        links: see ``links.through_link``.
     """
     mean, mean_score = h.mean(axis=0, dtype=np.float64), score.mean(axis=0)
     scale = np.maximum(h.std(axis=0, dtype=np.float64), 1e-6) * np.sqrt(h.shape[1])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import scipy.sparse
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from proteus_fast import _core
 from proteus_fast.checkpoint import Array
+from proteus_fast.evaluation.links import LINKS, Link, through_link
 from proteus_fast.evaluation.outcomes import FOLDS
 
 BLOCKS = 4
@@ -42,12 +42,7 @@ BLOCK_WEIGHTS = (
 VARIANTS = ("each+0", "each+1", "each+2", "each+3", "all@3", "all@4", "all@5")
 """Ways of choosing penalties that are tried, see ``fit_shrinkages``; with block weights and links, 56 trials."""
 
-Link = Literal["clip", "sigmoid"]
-LINKS: tuple[Link, ...] = ("clip", "sigmoid")
 """Links that are tried, see ``through_link``."""
-
-_EXTREME_MEAN = 0.02
-_LEAST_SLOPE = 0.1 * 0.9
 
 
 @dataclass(frozen=True)
@@ -212,35 +207,6 @@ def fit_dual(kernel: Float32, score: FloatArray, shrinkage: Shrinkage) -> FloatA
         dual[:, columns] = solve_duals(kernel, target[:, columns], [float(alpha)])[0]
     rotated: FloatArray = dual.astype(np.float64) @ shrinkage.rotation.T
     return rotated
-
-
-def to_logits(linear: FloatArray, mean: FloatArray) -> FloatArray:
-    """Logits that agree with linear predictions (..., K) in value and slope at the mean scores (K,), up to .9 and .1.
-
-    Regression on scores sees a line where accuracy bends towards 0 and 1. The tangent costs nothing to fit, and what
-    candidates differ by shrinks where all of them are nearly sure.
-    """
-    m = mean.clip(_EXTREME_MEAN, 1.0 - _EXTREME_MEAN)
-    return np.asarray(np.log(m / (1.0 - m)) + (linear - mean) / _slope(mean))
-
-
-def _slope(mean: FloatArray) -> FloatArray:
-    """Slope of the sigmoid where it is ``mean``, at least that at .9."""
-    return np.maximum(mean * (1.0 - mean), _LEAST_SLOPE)
-
-
-def through_link(linear: FloatArray, mean: FloatArray, link: Link) -> FloatArray:
-    """Predicted accuracies, (..., K), from linear predictions: those clipped, or the sigmoid of ``to_logits``."""
-    if link == "clip":
-        return np.clip(linear, 0.0, 1.0)
-    return np.asarray(1.0 / (1.0 + np.exp(-to_logits(linear, mean))))
-
-
-def linked_head(weight: FloatArray, bias: FloatArray, mean: FloatArray, link: Link) -> tuple[Float32, Float32]:
-    """The weight (D, K) and bias (K,) of a linear predictor as a link wants them."""
-    if link == "sigmoid":
-        weight, bias = weight / _slope(mean), to_logits(bias, mean)
-    return weight.astype(np.float32), bias.astype(np.float32)
 
 
 @dataclass(frozen=True)

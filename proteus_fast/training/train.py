@@ -24,6 +24,7 @@ from tqdm import tqdm
 from proteus_fast import checkpoint
 from proteus_fast.certificate import Mode, check_delta
 from proteus_fast.encoder import EncoderSource, describe
+from proteus_fast.evaluation.links import LINKS, Link
 from proteus_fast.evaluation.metrics import (
     SELECTION_TARGETS,
     bootstrap_log_ratio,
@@ -77,7 +78,7 @@ class TrainConfig:
         extra_dim: columns beside the K regression directions.
         block_weights: weights of the feature blocks that are tried. alphas: ridge penalties that are tried.
         variants: ways of choosing among them, see ``predictor.fit_shrinkages``. links: those that are tried, see
-            ``predictor.through_link``.
+            ``links.through_link``.
         refine: try the gradient refinement; it is kept only where it costs less out of fold in 95 % of resamples. Not
             tried where a policy is trained: the policy would see embeddings of a network that knows the labels.
         mode: ``dual`` certifies the plug-in rule alone; ``policy`` also trains the Beta policy and makes it the default
@@ -101,7 +102,7 @@ class TrainConfig:
     block_weights: tuple[tuple[float, ...], ...] = predictor.BLOCK_WEIGHTS
     alphas: tuple[float, ...] = predictor.ALPHAS
     variants: tuple[str, ...] = predictor.VARIANTS
-    links: tuple[predictor.Link, ...] = predictor.LINKS
+    links: tuple[Link, ...] = LINKS
     refine: bool = True
     mode: Literal["dual", "policy", "cheaper"] = "dual"
     policy: PolicyConfig | None = None

@@ -19,6 +19,7 @@ from proteus_fast.evaluation.baselines import (
     ridge_path,
     tfidf,
 )
+from proteus_fast.evaluation.links import LINKS, through_link
 from proteus_fast.evaluation.metrics import (
     SELECTION_TARGETS,
     hull_cost,
@@ -63,8 +64,10 @@ def test_knn_is_the_mean_of_the_nearest(
         vectors.x, division.fit.score
     )
     got = knn.predict(test_table.prompts)
+    means = expected.predict(vectors.of(test_table.prompts))
+    means = through_link(means, division.fit.score.mean(axis=0), knn.link)
     # where several rows are equally far, which of them are taken is open
-    same = np.isclose(got, expected.predict(vectors.of(test_table.prompts)), atol=1e-9).all(axis=1)
+    same = np.isclose(got, means, atol=1e-9).all(axis=1)
     assert same.mean() > 0.98
 
 
@@ -83,8 +86,15 @@ def test_settings_are_those_of_the_least_out_of_fold_cost(
     price = fit.cost_usd.mean(axis=0)
     knn, ridge = fitted
     for baseline, grid, setting in ((knn, "NEIGHBOURS", "k"), (ridge, "ALPHAS", "alpha")):
-        assert baseline.cost_usd == selection_cost(np.clip(baseline.p, 0, 1), price, fit)
+        assert baseline.cost_usd == selection_cost(baseline.p, price, fit)
+        assert ((baseline.p >= 0) & (baseline.p <= 1)).all()
         monkeypatch.setattr(baselines, "MIN_DOCUMENTS", (int(baseline.setting["min_documents"]),))
+        for link in LINKS:
+            with monkeypatch.context() as patch:
+                patch.setattr(baselines, "LINKS", (link,))
+                alone = fit_knn(fit) if baseline is knn else fit_tfidf_ridge(fit)
+            assert alone.cost_usd >= baseline.cost_usd
+            assert alone.cost_usd == baseline.cost_usd or link != baseline.link
         for other in (getattr(baselines, grid)[0], getattr(baselines, grid)[-1]):
             with monkeypatch.context() as patch:
                 patch.setattr(baselines, grid, (other,))
@@ -94,7 +104,9 @@ def test_settings_are_those_of_the_least_out_of_fold_cost(
 
 
 @pytest.mark.usefixtures("few_trials")
-def test_no_row_sees_labels_of_its_own_fold(division: Division) -> None:
+def test_no_row_sees_labels_of_its_own_fold(division: Division, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the sigmoid link has the mean of all rows, as ours has
+    monkeypatch.setattr(baselines, "LINKS", ("clip",))
     fit = division.fit
     held = fold_of(fit.prompts) == 2
     score = fit.score.copy()

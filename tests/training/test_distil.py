@@ -15,6 +15,7 @@ import pytest
 from proteus_fast import checkpoint
 from proteus_fast.cli import main
 from proteus_fast.encoder import describe
+from proteus_fast.evaluation.links import LINKS, through_link
 from proteus_fast.evaluation.outcomes import FOLDS, OutcomeTable, fold_of, read_division
 from proteus_fast.router import Router
 from proteus_fast.training import distil, predictor
@@ -110,7 +111,7 @@ def test_a_student_is_ridge_regression_on_labels_and_teacher(table: OutcomeTable
     labelled = predictor.fit_shrinkages(kernel[:n, :n], score, fold[:n], (1.0,), ("all@0",))
     student, trials = fit_student(
         kernel, teacher, score, fold, labelled, lambda p: float(((p - score) ** 2).mean()), squared_norm=1.0,
-        links=predictor.LINKS, tick=lambda: None,
+        links=LINKS, tick=lambda: None,
     )  # fmt: skip
     assert len(trials) in {n * 2 * len(distil.WEIGHTS) * len(distil.STUDENT_ALPHAS) for n in (1, 2)}
     assert student.trial.cost_usd == min(trial.cost_usd for trial in trials)
@@ -159,7 +160,7 @@ def test_what_was_learnt_is_in_the_table(data: Path, directory: Path, tmp_path: 
     leading = np.linalg.svd(fit.score - mean, full_matrices=False)[2].T[:, : selected["components"]]
     by_labels, by_teacher = held @ own + mean, held @ other + taught.mean(axis=0)
     linear = by_labels + selected["weight"] * (by_teacher - by_labels) @ leading @ leading.T
-    expected = predictor.through_link(linear, mean, selected["link"])
+    expected = through_link(linear, mean, selected["link"])
     found = router.snapshot.scores(router.encode(texts), 0.5)[5]
     # the table is rounded to int8
     assert np.abs(found - expected).max() < 0.02

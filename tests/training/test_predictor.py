@@ -7,6 +7,7 @@ import pytest
 
 from proteus_fast import _core
 from proteus_fast.demo_queries import queries
+from proteus_fast.evaluation.links import LINKS, Link, linked_head, through_link
 from proteus_fast.evaluation.outcomes import FOLDS, fold_of
 from proteus_fast.training import predictor
 
@@ -113,21 +114,21 @@ def test_quantise_rounds_to_half_a_step() -> None:
 
 def test_logits_are_tangent_to_the_line_at_the_mean() -> None:
     mean = np.array([0.3, 0.9, 1.0])
-    p = predictor.through_link(np.tile(mean, (2, 1)), mean, "sigmoid")
+    p = through_link(np.tile(mean, (2, 1)), mean, "sigmoid")
     np.testing.assert_allclose(p, np.tile([0.3, 0.9, 0.98], (2, 1)))
     step = 1e-6
-    slope = (predictor.through_link(mean + step, mean, "sigmoid") - p[0]) / step
+    slope = (through_link(mean + step, mean, "sigmoid") - p[0]) / step
     # no steeper than at .9: where a candidate never fails, nothing says how fast it would begin to
     np.testing.assert_allclose(slope, [1.0, 1.0, 0.02 * 0.98 / 0.09], atol=1e-4)
-    assert predictor.through_link(np.array([-9.0, 9.0, 0.5]), mean, "clip").tolist() == [0.0, 1.0, 0.5]
+    assert through_link(np.array([-9.0, 9.0, 0.5]), mean, "clip").tolist() == [0.0, 1.0, 0.5]
 
 
-@pytest.mark.parametrize("link", predictor.LINKS)
-def test_a_linked_head_predicts_what_the_link_says(link: predictor.Link) -> None:
+@pytest.mark.parametrize("link", LINKS)
+def test_a_linked_head_predicts_what_the_link_says(link: Link) -> None:
     random = np.random.default_rng(3)
     h, weight, bias = random.standard_normal((9, 4)), random.standard_normal((4, 3)) * 0.2, random.random(3)
     mean = np.array([0.4, 0.7, 0.999])
-    found = predictor.linked_head(weight, bias, mean, link)
+    found = linked_head(weight, bias, mean, link)
     values = h @ found[0] + found[1]
     p = np.clip(values, 0.0, 1.0) if link == "clip" else 1.0 / (1.0 + np.exp(-values))
-    np.testing.assert_allclose(p, predictor.through_link(h @ weight + bias, mean, link), atol=1e-5)
+    np.testing.assert_allclose(p, through_link(h @ weight + bias, mean, link), atol=1e-5)
