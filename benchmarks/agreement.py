@@ -124,7 +124,7 @@ def main() -> int:
     )
     print(text)
     if options.out is not None:
-        options.out.write_text(text)
+        options.out.write_text(text, encoding="utf-8")
     return 0 if within else 1
 
 

@@ -156,7 +156,7 @@ def main() -> int:
     text = markdown(sets)
     print(text)
     if arguments.markdown:
-        arguments.markdown.write_text(text + "\n")
+        arguments.markdown.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

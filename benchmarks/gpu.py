@@ -331,7 +331,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     options.out.mkdir(parents=True, exist_ok=True)
     failed = False
-    with (options.out / f"gpu-{name}.md").open("w") as file:
+    with (options.out / f"gpu-{name}.md").open("w", encoding="utf-8") as file:
 
         def write(text: str) -> None:
             for stream in (file, sys.stdout):

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 TAU_STEPS = 1000
 MIXING_STEPS = 16
+MIN_DELTA, MAX_DELTA = 1e-9, 0.499999
+MAX_SEED = (1 << 63) - 1
 
 Guarantee = Literal["certified", "calibrated"]
 Mode = Literal["dual", "policy"]
@@ -265,8 +267,14 @@ class Certificate:
 
 def check_delta(delta: float) -> None:
     """Raise ValueError unless delta is a probability that a certificate can have, in (0, .5)."""
-    if not 0.0 < delta < 0.5:
-        raise ValueError(f"delta: expected a number in (0, .5), got {delta}")
+    if not MIN_DELTA <= delta <= MAX_DELTA:
+        raise ValueError(f"delta: expected a number in (0, .5), {MIN_DELTA:g} at least, got {delta}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless a certificate can name the seed of its rounding, 0 to 2^63 - 1."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed: expected an integer from 0 to {MAX_SEED}, got {seed}")
 
 
 def cost_scale(p: FloatArray, c: FloatArray) -> float:

@@ -32,9 +32,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proteus_fast import folders, strict_json
-from proteus_fast.certificate import MIXING_STEPS, Certificate, Mode, Path, PathCertificate
+from proteus_fast.certificate import (
+    MAX_DELTA,
+    MAX_SEED,
+    MIN_DELTA,
+    MIXING_STEPS,
+    Certificate,
+    Mode,
+    Path,
+    PathCertificate,
+)
 from proteus_fast.encoder import FILES, EncoderSource
-from proteus_fast.pool import MAX_CANDIDATES, Candidate, Pool, is_name
+from proteus_fast.pool import MAX_CANDIDATES, MAX_NAME, MAX_PRICE_USD, Candidate, Pool, is_name
 
 SCHEMA = 1
 MAX_TENSOR_BYTES = 1 << 30
@@ -224,7 +233,7 @@ def _read_config(root: strict_json.Node) -> tuple[Config, dict[str, str]]:
     candidates: list[Candidate] = []
     for entry in pool.elements(1, MAX_CANDIDATES):
         name, price, mean_score = entry.fields("name", "price_usd", "mean_score")
-        candidate = Candidate(name.text(most=256), price.number(0.0, 1e6), mean_score.number(0.0, 1.0))
+        candidate = Candidate(name.text(most=MAX_NAME), price.number(0.0, MAX_PRICE_USD), mean_score.number(0.0, 1.0))
         if not is_name(candidate.name) or candidate.name in {other.name for other in candidates}:
             name.fail("printable characters, other ones for each candidate")
         candidates.append(candidate)
@@ -313,11 +322,11 @@ def _read_certificate(root: strict_json.Node, config: Config) -> Certificate:
         paths.fail(f"a path for dual and for the default mode {config.mode}")
     return Certificate.build(
         found,
-        delta=delta.number(1e-9, 0.499999),
+        delta=delta.number(MIN_DELTA, MAX_DELTA),
         n=rows,
         data_sha256=data_sha256.hexadecimal(64),
         date=date.text(most=40),
-        rounding_seed=seed.integer(0, (1 << 63) - 1),
+        rounding_seed=seed.integer(0, MAX_SEED),
         key=int(key.hexadecimal(16), 16),
     )
 

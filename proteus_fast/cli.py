@@ -381,7 +381,10 @@ def _parser(*, with_server: bool) -> argparse.ArgumentParser:
     certify.add_argument("--data", required=True, metavar="FILE", help="outcome table with the router's candidates")
     certify.add_argument("--out", required=True, metavar="CKPT", help="checkpoint folder to write")
     certify.add_argument("--delta", type=float, default=0.1, help="error probability of the certificate (default .1)")
-    certify.add_argument("--seed", type=int, default=0, help="of the rounding of graded scores and the mixing key")
+    certify.add_argument(
+        "--seed", type=int, default=0,
+        help="of the rounding of graded scores and the mixing key: choose it before you see the rows (default 0)",
+    )  # fmt: skip
     return parser
 
 

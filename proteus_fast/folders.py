@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def replaced(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # of the name so much only that what is added to it fits what a file system takes
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name[:48]}.", dir=folder.parent))
+    staging = folder.with_name(f".{folder.name[:48]}.{secrets.token_hex(8)}")
+    staging.mkdir()
     try:
-        staging.chmod(0o755)
         yield staging
         for place in (*staging.rglob("*"), staging):
             with _opened(place) as descriptor:

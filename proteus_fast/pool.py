@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -11,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_CANDIDATES = 64
+MAX_NAME = 256
+MAX_PRICE_USD = 1e6
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,15 @@ class Candidate:
 
 def is_name(text: str) -> bool:
     """Whether a candidate can be called this: it goes into logs, metrics and replies as it is."""
-    return text.isprintable() and bool(text.strip())
+    return text.isprintable() and bool(text.strip()) and len(text) <= MAX_NAME
 
 
 class Pool(Sequence[Candidate]):
     """Ordered, immutable candidates; ``choice`` indexes into them.
 
     Raises:
-        ValueError: no candidate, more than 64, a name twice or not printable, or a price below 0 or not finite.
+        ValueError: no candidate, more than 64, a name that is there twice, too long or not printable, or a price
+            outside [0, 1e6].
     """
 
     def __init__(self, candidates: Iterable[Candidate]) -> None:
@@ -50,9 +52,11 @@ class Pool(Sequence[Candidate]):
             raise ValueError(f"pool: expected distinct names, got {twice!r} twice")
         for candidate in self._candidates:
             if not is_name(candidate.name):
-                raise ValueError(f"pool: expected names of printable characters, got {candidate.name!r}")
-            if not 0.0 <= candidate.price_usd < math.inf:
-                raise ValueError(f"pool: expected finite prices >= 0, got {candidate.price_usd} of {candidate.name!r}")
+                expected = f"names of at most {MAX_NAME} printable characters"
+                raise ValueError(f"pool: expected {expected}, got {candidate.name[:80]!r}")
+            if not 0.0 <= candidate.price_usd <= MAX_PRICE_USD:
+                expected = f"prices in [0, {MAX_PRICE_USD:g}]"
+                raise ValueError(f"pool: expected {expected}, got {candidate.price_usd} of {candidate.name!r}")
         self.price_usd: NDArray[np.float64] = np.array([c.price_usd for c in self._candidates], np.float64)
         self.mean_score: NDArray[np.float64] = np.array([c.mean_score for c in self._candidates], np.float64)
         self.price_usd.flags.writeable = False

@@ -259,7 +259,9 @@ class Result:
         from matplotlib.figure import Figure
 
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.stem}.md").write_text(self.to_markdown() + f"\n![{self.title}]({self.stem}.png)\n")
+        (folder / f"{self.stem}.md").write_text(
+            self.to_markdown() + f"\n![{self.title}]({self.stem}.png)\n", encoding="utf-8"
+        )
         facts = {"name": self.name, "data": self.data, "seeds": self.seeds}
         (folder / f"{self.stem}.json").write_text(json.dumps(facts | self.figures, indent=1) + "\n")
         figure = Figure(figsize=self.size, layout="constrained")

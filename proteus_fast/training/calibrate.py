@@ -18,6 +18,8 @@ from proteus_fast.certificate import (
     Path,
     PathCertificate,
     build_dual_path,
+    check_delta,
+    check_seed,
     cost_scale,
     count_successes,
     round_scores,
@@ -175,12 +177,16 @@ def recertify(source: Checkpoint, table: OutcomeTable, *, delta: float, seed: in
     """The same router with a certificate from other labelled queries; its paths stay what they are.
 
     Args:
-        source: a router with a text encoder. table: queries that nothing of the router was chosen on.
+        source: a router with a text encoder. table: queries that nothing of the router was chosen on. delta: error
+            probability. seed: of the rounding of graded scores; to be fixed before the table is looked at, as the best
+            of several seeds promises too much.
 
     Raises:
         ValueError: the table lacks a candidate, more than a tenth of its prompts are of the training rows, or the
             router cannot encode texts.
     """
+    check_delta(delta)
+    check_seed(seed)
     share = seen_share(table.prompts, source.config.prompt_sketch)
     if share > _MOST_SEEN:
         raise ValueError(f"table: expected queries that the router was not trained on, got {share:.0%} of its own")

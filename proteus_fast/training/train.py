@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from proteus_fast import checkpoint
-from proteus_fast.certificate import Mode, check_delta
+from proteus_fast.certificate import Mode, check_delta, check_seed
 from proteus_fast.encoder import EncoderSource, describe
 from proteus_fast.evaluation.links import LINKS, Link
 from proteus_fast.evaluation.metrics import (
@@ -33,7 +33,7 @@ from proteus_fast.evaluation.metrics import (
 )
 from proteus_fast.evaluation.outcomes import FOLDS, Division, calibration_notes, fold_of, read_division
 from proteus_fast.training import predictor
-from proteus_fast.training.calibrate import PolicyPart, plug_in_checkpoint
+from proteus_fast.training.calibrate import PolicyPart, plug_in_checkpoint, pool_of
 from proteus_fast.training.curves import write_policy_curves, write_search_curves
 from proteus_fast.training.distil import MOST_ROWS, read_prompts
 from proteus_fast.training.distributed import is_first
@@ -176,8 +176,7 @@ def train(config: TrainConfig) -> Path:
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {config.device!r}")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected 'cpu' where torch sees no CUDA device, got 'cuda'")
-    if config.seed < 0:
-        raise ValueError(f"seed: expected an integer of at least 0, got {config.seed}")
+    check_seed(config.seed)
     if config.table_rows < 2 or config.table_rows & (config.table_rows - 1):
         raise ValueError(f"table_rows: expected a power of two, got {config.table_rows}")
     out = Path(config.out)
@@ -192,6 +191,8 @@ def train(config: TrainConfig) -> Path:
     checkpoint.check_target(out, source if source is None else replace(source, held=config.hold_encoder))
     division = read_division(config.data)
     fit = division.fit
+    # what no checkpoint could hold is refused before the work
+    pool_of(fit)
     known = (*fit.prompts, *division.calibration.prompts)
     for note in calibration_notes(division.calibration.prompts):
         _logger.warning("calibration rows: %s", note)

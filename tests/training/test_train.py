@@ -99,12 +99,35 @@ def test_a_stopped_run_is_taken_up(data: Path, tmp_path: Path, monkeypatch: pyte
             else [({"device": "cuda"}, "device: expected 'cpu' where torch sees no CUDA")]
         ),
         ({"seed": -1}, "seed: expected"),
+        ({"seed": 1 << 63}, "seed: expected"),
+        ({"delta": 1e-10}, "delta: expected"),
     ],
 )
 def test_wrong_settings(data: Path, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(TrainConfig(**{**vars(settings(data, tmp_path / "x")), **changes}))  # type: ignore[arg-type]
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "price", "message"),
+    [
+        ("a\nb", 0.1, "pool: expected names of"),
+        ("a" * 257, 0.1, "pool: expected names"),
+        ("a", 2e6, "pool: expected prices"),
+    ],
+)
+def test_what_no_checkpoint_holds_is_refused_before_the_work(
+    tmp_path: Path, name: str, price: float, message: str
+) -> None:
+    table = synthetic.outcome_table(300, seed=3)
+    cost = table.cost_usd.copy()
+    cost[:, 0] = price
+    table = replace(table, candidates=(name, *table.candidates[1:]), cost_usd=cost)
+    folder = synthetic.write_splits(tmp_path / "data", table)
+    with pytest.raises(ValueError, match=message):
+        train(settings(folder, tmp_path / "x"))
+    assert not list(tmp_path.glob("x*"))
 
 
 def log_of(out: Path, stage: str) -> list[dict[str, Any]]:
