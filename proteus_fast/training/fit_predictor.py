@@ -289,22 +289,18 @@ def embedded(
     source: EncoderSource, texts: Sequence[str], stages: Stages, tick: Callable[[str], None], device: str
 ) -> dict[str, NDArray[np.float32]]:
     """Embeddings of distinct texts by text, made once; calls ``tick`` 100 times at most."""
-    # a stage's name says nothing of the calibration rows' texts, which may have been replaced
-    key, begun = embeddings_key(source, texts), "embeddings-begun"
-
-    def load(name: str) -> NDArray[np.float32] | None:
-        arrays = stages.load(name)
-        return None if arrays is None or str(arrays["key"]) != key else arrays["h"]
-
-    h = load("embeddings")
-    if h is None:
+    # they depend on neither seed nor labels
+    made = stages.beside("embeddings", embeddings_key(source, texts))
+    whole = made.load("whole")
+    if whole is None:
+        begun = made.load("begun")
         h = embed(
             source, texts, lambda: tick("embed"), device,
-            begun=load(begun), keep=lambda part: stages.save(begun, h=part, key=key),
+            begun=None if begun is None else begun["h"], keep=lambda part: made.save("begun", h=part),
         )  # fmt: skip
-        stages.save("embeddings", h=h, key=key)
-        stages.drop(begun)
-    return dict(zip(texts, h, strict=True))
+        whole = made.save("whole", h=h)
+        made.drop("begun")
+    return dict(zip(texts, whole["h"], strict=True))
 
 
 def fit_frozen_predictor(

@@ -18,19 +18,23 @@ _logger = logging.getLogger(__name__)
 
 
 class Stages:
-    """Finished stages of a run on disk, keyed by everything that they depend on."""
+    """Finished stages of a run on disk, keyed by everything that they depend on; those of another key are removed."""
 
-    def __init__(self, folder: Path, fingerprint: str, *, read_only: bool = False) -> None:
+    def __init__(self, folder: Path, fingerprint: str, *, kind: str = "stage", read_only: bool = False) -> None:
         self.folder = folder
-        self._prefix = f"stage-{fingerprint[:16]}-"
+        self._prefix = f"{kind}-{fingerprint[:16]}-"
         self._read_only = read_only
         self._began = time.monotonic()
         if read_only:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("stage-*.npz"):
+        for stale in folder.glob(f"{kind}-*.npz"):
             if not stale.name.startswith(self._prefix):
                 stale.unlink()
+
+    def beside(self, kind: str, fingerprint: str) -> Stages:
+        """Stages of another kind in the same folder, which depend on less."""
+        return Stages(self.folder, fingerprint, kind=kind, read_only=self._read_only)
 
     def load(self, name: str) -> dict[str, NDArray[Any]] | None:
         """Arrays of a finished stage; None where it has yet to run."""

@@ -76,7 +76,7 @@ def with_embeddings_of(trained: Path, out: Path) -> Path:
     """A place to train at, where the frozen embeddings are there already."""
     training = out.with_name(out.name + ".training")
     training.mkdir()
-    for file in trained.with_name(trained.name + ".training").glob("stage-*-embeddings.npz"):
+    for file in trained.with_name(trained.name + ".training").glob("embeddings-*.npz"):
         shutil.copyfile(file, training / file.name)
     return out
 

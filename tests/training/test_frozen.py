@@ -82,6 +82,9 @@ def test_embeddings_are_made_once(
     again = checkpoint.load(train(settings(data, out, directory)))
     assert again.sha256 == first
     assert again.sha256 == checkpoint.load(trained).sha256
+    # they are the same for another seed, and by another name of the encoder
+    train(settings(data, out, directory, seed=1))
+    train(replace(settings(data, out, directory), encoder=str(directory.parent / "." / directory.name) + "/"))
     # calibration texts may be replaced without a word: then the embeddings are others too
     other = synthetic.write_splits(tmp_path / data.name, synthetic.outcome_table(700, seed=9))
     val = read_table(other / "val.parquet")
