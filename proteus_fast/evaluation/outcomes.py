@@ -147,9 +147,12 @@ def read_table(path: str | os.PathLike[str]) -> OutcomeTable:
 def _floats(column: Any, place: str, most: float) -> NDArray[np.float64]:
     values = np.array(column.to_numpy(), dtype=object)
     try:
-        floats = values.astype(np.float64)
+        # NumPy reads numbers out of texts too
+        floats = values.astype(np.float64) if not any(isinstance(value, str | bytes) for value in values) else None
     except (TypeError, ValueError):
-        raise ValueError(f"{place}: expected numbers, got others") from None
+        floats = None
+    if floats is None:
+        raise ValueError(f"{place}: expected numbers, got others")
     wrong = ~(np.isfinite(floats) & (floats >= 0.0) & (floats <= most))
     if wrong.any():
         row = int(np.argmax(wrong))

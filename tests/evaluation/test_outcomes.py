@@ -73,6 +73,7 @@ def _set(name: str, value: object) -> Callable[[Columns], None]:
         (_set("score:a", [0.5, float("nan")]), "score:a: expected values in .* got nan in row 1"),
         (_set("score:a", [0.5, None]), "score:a: expected"),
         (_set("score:a", ["x", "y"]), "score:a: expected numbers"),
+        (_set("score:a", ["0.5", "1"]), "score:a: expected numbers"),
         (_set("cost:a", [-1.0, 0.0]), "cost:a: expected values in .* got -1.0 in row 0"),
         (_set("cost:a", [float("inf"), 0.0]), "cost:a: expected values in .* got inf in row 0"),
     ],
