@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -264,6 +265,34 @@ def texts_to_decisions() -> str:
     return f"{note} Budgets at 1 x 64: p50 600 us, p99 1,000 us over gRPC.\n\n{table(titles, rows)}"
 
 
+def served_texts() -> str:
+    """The same over gRPC, on a Unix socket, from the Python client: the GPU encodes, the CPU decides."""
+    from proteus_server.app import Server
+    from proteus_server.client import Client
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        router = encoders.text_router(encoders.write("DeBERTa-v3-small's shape", Path(folder)), "cuda:0", "float32")
+        server = Server(router, f"unix:{folder}/s")
+        with server.running() as place, Client(place, timeout_s=60.0) as client:
+            for tokens in (16, 64, 128):
+                texts = encoders.texts(tokens, 64)
+                same = [client.route(text, tau=TAU).choice == router.route(text, TAU).choice for text in texts]
+                took = []
+                for i in range(1000):
+                    start = time.perf_counter()
+                    client.route(texts[i % len(texts)], tau=TAU)
+                    took.append(1e6 * (time.perf_counter() - start))
+                with ThreadPoolExecutor(64) as pool:
+                    start = time.perf_counter()
+                    list(pool.map(lambda text: client.route(text, tau=TAU), texts * 50))
+                    rate = 50 * len(texts) / (time.perf_counter() - start)
+                p50, p99 = np.percentile(took, [50, 99])
+                rows.append([tokens, float(p50), float(p99), rate, f"{np.mean(same):.0%}"])
+    titles = ["tokens", "one at a time: p50, us", "p99, us", "64 callers: queries/s", "the router's own choices"]
+    return f"Budgets at 64 tokens: p50 600 us, p99 1,000 us.\n\n{table(titles, rows)}"
+
+
 def samples() -> str:
     rows = []
     for count in (64, 4096, 1 << 20):
@@ -301,6 +330,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "Beta samples": samples,
     "DeBERTa": forward_passes,
     "Text to decision": texts_to_decisions,
+    "Text to decision over gRPC": served_texts,
     "Loading": loaded,
     "Profile of 100 calls of route_batch, B = 1": profile,
 }

@@ -50,11 +50,12 @@ class Server:
         *,
         checkpoint: str | None = None,
         encoder: str | None = None,
+        device: str = "cpu",
     ) -> None:
         """Prepare a server; nothing is bound yet.
 
         Args:
-            checkpoint, encoder: where the router was loaded from, for a Reload.
+            checkpoint, encoder, device: how the router was loaded, for a Reload.
 
         Raises:
             ValueError: an address is none, or is reachable from other machines without `insecure`.
@@ -68,6 +69,7 @@ class Server:
             batching={"max_batch_size": options.max_batch_size, "max_queue_rows": service.MAX_BATCH_ROWS},
             checkpoint=checkpoint,
             encoder=encoder,
+            device=device,
             root=options.checkpoint_root,
         )
         served = self.control.generation
@@ -245,6 +247,7 @@ def serve(
     options: Options | None = None,
     *,
     encoder: str | None = None,
+    device: str = "cpu",
     log_level: str | None = None,
     log_format: str = "text",
 ) -> int:
@@ -253,7 +256,8 @@ def serve(
     Args:
         checkpoint: a checkpoint's folder; None: the embedded router.
         address: HOST:PORT (port 0: any free one) or unix:PATH.
-        encoder: where the transformer of the checkpoint is, if not where it was.
+        encoder: where the transformer of the checkpoint is, if not where it was. device: where it encodes texts, cpu,
+            cuda or cuda:N; embeddings are decided on the CPU.
         log_level: debug | info | warning | error; None: $PROTEUS_LOG, else info. log_format: text | json.
 
     Returns:
@@ -281,8 +285,8 @@ def serve(
     with _Signals() as signals:
         logs.event(_log, logging.INFO, "start", version=__version__, checkpoint=checkpoint or "embedded")
         try:
-            router = Router.load(checkpoint, encoder=encoder)
-            server = Server(router, address, options, checkpoint=checkpoint, encoder=encoder)
+            router = Router.load(checkpoint, device, encoder=encoder)
+            server = Server(router, address, options, checkpoint=checkpoint, encoder=encoder, device=device)
             place = server.start()
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             return _fail(error, 1)
@@ -325,7 +329,7 @@ def serve_from(arguments: argparse.Namespace) -> int:
         options = options_of(settings)
     except (ValueError, OSError) as error:
         return _fail(error, 2)
-    others = {name: settings[name] for name in ("encoder", "log_level", "log_format") if name in settings}
+    others = {name: settings[name] for name in ("encoder", "device", "log_level", "log_format") if name in settings}
     checkpoint = settings["checkpoint"] if "checkpoint" in settings else default_place()
     return serve(checkpoint, settings["address"], options, **others)
 

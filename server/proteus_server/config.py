@@ -75,6 +75,7 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("checkpoint", str, "DIR", "checkpoint to serve (default: $PROTEUS_CHECKPOINT, else the embedded router)"),
     Setting("encoder", str, "DIR", "where the checkpoint's transformer is, if it has moved"),
+    Setting("device", str, "cpu | cuda | cuda:N", "where the checkpoint's transformer encodes texts (default: cpu)"),
     Setting("address", str, "HOST:PORT | unix:PATH", "where to serve (required); port 0 takes any free port"),
     Setting("insecure", bool, "", "allow cleartext on an address other machines can reach"),
     Setting("max-queue", int, "N", "calls that may wait beside those at work"),

@@ -89,17 +89,19 @@ class Control:
         batching: Mapping[str, Any],
         checkpoint: str | None = None,
         encoder: str | None = None,
+        device: str = "cpu",
         root: str | None = None,
     ) -> None:
         """Serve `router`.
 
         Args:
-            batching: of every batcher. checkpoint, encoder: where the router was loaded from, as `Router.load` takes
+            batching: of every batcher. checkpoint, encoder, device: how the router was loaded, as `Router.load` takes
                 them. root: the folder whose checkpoints `reload` may load; None: it reads `checkpoint` again and
                 nothing else.
         """
         self._batching = dict(batching)
         self._start = (checkpoint, encoder)
+        self._device = device
         self._root = None if root is None else Path(root).resolve()
         self._loading = threading.Lock()
         self._changing = threading.Lock()
@@ -131,7 +133,7 @@ class Control:
         """
         with self._change("reload") as done, self._loading:
             folder, encoder = self._allowed(path)
-            router = Router.load(folder, encoder=encoder)
+            router = Router.load(folder, self._device, encoder=encoder)
             check(router)
             with self._changing:
                 old = self.generation

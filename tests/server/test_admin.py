@@ -16,7 +16,8 @@ import pytest
 from google.rpc import error_details_pb2
 
 from proteus_fast import Router, Status, checkpoint
-from proteus_server import admin, app
+from proteus_fast.router import EMBEDDED
+from proteus_server import admin, app, control
 from proteus_server import proteus_pb2 as pb
 from proteus_server.client import Client
 from tests.checkpoints import tiny_checkpoint
@@ -413,3 +414,19 @@ def test_no_change_while_draining(root: Path, socket_dir: Path, wire_to_address:
         assert (answer.code, answer.text) == (grpc.StatusCode.UNAVAILABLE, "server: draining, no new calls")
     server.drain()
     assert not list(socket_dir.iterdir())
+
+
+def test_a_reload_keeps_the_device(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    load = Router.load
+
+    def recorded(path: Any, device: str, encoder: Any = None) -> Router:
+        seen.append((path, device, encoder))
+        return load(path)
+
+    monkeypatch.setattr(Router, "load", recorded)
+    batching = {"max_batch_size": 8, "max_queue_rows": 8}
+    served = control.Control(router, batching=batching, checkpoint=str(EMBEDDED), encoder="/e", device="cuda:3")
+    assert served.reload("").number == 2
+    assert seen == [(EMBEDDED, "cuda:3", "/e")]
+    served.generation.batcher.close()

@@ -17,6 +17,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 WHOLE = """
 checkpoint = "/c"
 encoder = "/e"
+device = "cuda:1"
 address = "localhost:0"
 insecure = true
 max-queue = 1
@@ -87,10 +88,10 @@ def test_flags_win_and_defaults_lose(write: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("workerz = 1", "workerz: expected one of checkpoint, encoder, address, "),
-        ("max_queue = 1", "max_queue: expected one of checkpoint, encoder, address, "),
-        ("config = 'x'", "config: expected one of checkpoint, encoder, address, "),
-        ("[server]\nworkers = 1", "server: expected one of checkpoint, encoder, address, "),
+        ("workerz = 1", "workerz: expected one of checkpoint, encoder, device, address, "),
+        ("max_queue = 1", "max_queue: expected one of checkpoint, encoder, device, address, "),
+        ("config = 'x'", "config: expected one of checkpoint, encoder, device, address, "),
+        ("[server]\nworkers = 1", "server: expected one of checkpoint, encoder, device, address, "),
         ("workers = '3'", "workers: expected an integer, got '3'"),
         ("workers = 3.0", "workers: expected an integer, got 3.0"),
         ("workers = true", "workers: expected an integer, got True"),

@@ -75,6 +75,20 @@ sys.exit(app.serve(None, "unix:{socket_dir}/s"))
     assert (done.returncode, "stop" in done.stderr, "still healthy" in done.stderr) == (0, True, True), done.stderr
 
 
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cuda", "expected one of the 0 CUDA devices that torch sees, got 'cuda'"),
+        ("abacus", "expected 'cpu', 'cuda' or"),
+    ],
+)
+def test_a_device_that_is_not_there(launch: Any, socket_dir: Path, device: str, said: str) -> None:
+    process = launch("--address", f"unix:{socket_dir}/s", "--device", device)
+    assert process.wait() == 1
+    assert f"proteus serve: device: {said}" in process.text
+
+
 @pytest.mark.parametrize("out", ["closed", "a reader that has left", "full"])
 def test_an_output_that_nobody_reads_is_no_reason_not_to_serve(socket_dir: Path, out: str) -> None:
     command = [sys.executable, "-m", "proteus_server", "--address", f"unix:{socket_dir}/s"]

@@ -149,3 +149,19 @@ def test_a_hash_router_is_served_without_torch(tmp_path: Path, socket_dir: Path)
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.gpu
+def test_texts_that_a_gpu_encodes(folder: Path, socket_dir: Path) -> None:
+    router = Router.load(folder, "cuda")
+    server = app.Server(router, f"unix:{socket_dir}/s", checkpoint=str(folder), device="cuda")
+    with server.running() as place, Client(place, timeout_s=60.0) as client:
+        for _ in range(2):
+            with ThreadPoolExecutor(8) as pool:
+                theirs = list(pool.map(lambda text: client.route(text, tau=0.8), WORDS))
+            for text, decision in zip(WORDS, theirs, strict=True):
+                mine = router.route(text, 0.8)
+                assert (decision.candidate, decision.status) == (mine.candidate, mine.status)
+                assert decision.score == pytest.approx(mine.score, abs=1e-5)
+            server.control.reload("")
+        assert client.info().versions.generation == 3
