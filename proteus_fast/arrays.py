@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from proteus_fast.certificate import tau_index
+
 _DLPACK_CUDA = 2
 # how the core's errors begin that are about a caller's rows
 _ROWS = re.compile(r"^(?:texts|x)(\[\d+\])?(?=: )")
@@ -92,8 +94,7 @@ def to_target(tau: Any) -> float:
     target = to_tau(tau)
     if not isinstance(target, float):
         raise TypeError(f"tau: expected one number, got {type(tau).__name__}")
-    if not 0.0 <= target <= 1.0:
-        raise ValueError(f"tau: expected a number in [0, 1], got {tau}")
+    tau_index(target)
     return target
 
 

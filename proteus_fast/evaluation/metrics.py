@@ -193,7 +193,7 @@ def step_choices(choice: NDArray[np.int32], u: NDArray[np.uint64]) -> NDArray[np
 
 
 def leak_limit(table: OutcomeTable) -> float:
-    """Accuracy that no honest router reached on six real tables: best fixed + 50 % of the gap to the oracle.
+    """Best fixed + 50 % of the gap to the oracle; honest routers close far less of it on our tables (results/leak.md).
 
     It is no bound: candidates that are good at different kinds of queries are told apart honestly.
     """

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from proteus_fast.checkpoint import MAX_SKETCH
 from proteus_fast.pool import MAX_CANDIDATES
 
 FOLDS = 5
-SKETCH = 1024
 _CAL_SHARE = 4
 _FEW_REPEATS = 0.95
 
@@ -182,7 +182,7 @@ def shared_prompts(first: Iterable[str], second: Iterable[str]) -> set[str]:
 
 def prompt_sketch(prompts: Iterable[str]) -> tuple[int, ...]:
     """The smallest 1,024 of the 64-bit hashes of distinct prompts, ascending: enough to tell who else has them."""
-    return tuple(sorted({_prompt_hash(prompt) for prompt in prompts})[:SKETCH])
+    return tuple(sorted({_prompt_hash(prompt) for prompt in prompts})[:MAX_SKETCH])
 
 
 def seen_share(prompts: Sequence[str], sketch: Sequence[int]) -> float:
@@ -190,7 +190,7 @@ def seen_share(prompts: Sequence[str], sketch: Sequence[int]) -> float:
     if not sketch:
         return 0.0
     # a full sketch knows of the hashes up to its largest one
-    most = sketch[-1] if len(sketch) == SKETCH else (1 << 64) - 1
+    most = sketch[-1] if len(sketch) == MAX_SKETCH else (1 << 64) - 1
     known = set(sketch)
     looked = [value in known for prompt in prompts if (value := _prompt_hash(prompt)) <= most]
     return sum(looked) / len(looked) if looked else 0.0

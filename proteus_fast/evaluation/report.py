@@ -87,8 +87,8 @@ class Report:
     """Everything that ``evaluate`` found.
 
     Attributes:
-        n: evaluated rows. notes: what a reader has to know before believing the figures. alarm: set where the router is
-            more accurate than a router of one pool of similar candidates ever was without a leak, see ``evaluate``.
+        n: evaluated rows. notes: what a reader has to know before believing the figures. alarm: what is to
+            be said where an accuracy is beyond the leak limit by more than chance; None where none is.
         fixed: the fixed candidates, in the order of ``candidates``; cheapest and best_fixed index into them, the latter
             the best on the calibration rows, None without them. frontiers: what the plot draws as lines.
     """
@@ -306,8 +306,7 @@ def evaluate(
         progress: called three times while baselines are fitted.
 
     Returns:
-        The report, with an alarm where an accuracy is beyond best fixed + 50 % of the gap to the oracle by more than
-        two standard errors: on six real tables no honest router came as far.
+        The report, with an alarm where an accuracy is beyond ``metrics.leak_limit`` by more than two standard errors.
 
     Raises:
         LeakError: prompts of other splits among the rows.

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proteus_fast.evaluation.metrics import relative_targets
-from proteus_fast.experiments.policies import INDEXED, SCALAR, Progress
-from proteus_fast.experiments.study import FloatArray, Result, Study, run_all, show
+from proteus_fast.experiments.policies import INDEXED, SCALAR
+from proteus_fast.experiments.study import FloatArray, Progress, Result, Study, run_all, show
 from proteus_fast.training.fit_policy import Problem, start_of
 from proteus_fast.training.ppo import Dual, PolicyConfig, Trainer, build_network
 from proteus_fast.training.start import Start

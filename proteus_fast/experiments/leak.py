@@ -15,7 +15,7 @@ Beside them stand what fixed candidates and the oracle reach, and whether the le
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 
 from proteus_fast.evaluation.metrics import hull_cost, leak_limit, oracle_cost
 from proteus_fast.evaluation.outcomes import OutcomeTable, concatenate
-from proteus_fast.experiments.study import Result, Study, show
+from proteus_fast.experiments.study import Progress, Result, Study, show
 from proteus_fast.training.calibrate import cost_unit_and_scale
 from proteus_fast.training.fit_policy import Problem, build_trainer, curve_of, positions_of, run_name, to_rows, train_to
 from proteus_fast.training.ppo import PolicyConfig, Rows, follow
 from proteus_fast.training.predictor import ALPHAS, Float32, gram, hash_features, out_of_fold, solve_duals
 
 FloatArray = NDArray[np.float64]
-Progress = Callable[[], Any]
 
 INDEXED = PolicyConfig()
 KNOWN_PAIRS = 0.8

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from proteus_fast.evaluation.metrics import fixed_curve, oracle_cost
 from proteus_fast.evaluation.outcomes import OutcomeTable
 from proteus_fast.experiments.study import (
     Measured,
+    Progress,
     Result,
     Study,
     interval,
@@ -31,8 +32,6 @@ from proteus_fast.training.calibrate import cost_unit_and_scale
 from proteus_fast.training.fit_policy import build_trainer, fit_policy, run_name, train_to
 from proteus_fast.training.ppo import PolicyConfig, Trainer, draw_batch, rewards_of
 from proteus_kernels.reference import scores_ref
-
-Progress = Callable[[], Any]
 
 _FIGURES = ("tau_mu", "tau_mu_spearman", "tau_accuracy", "mu_range", "cost_ratio", "hull_ratio")
 

@@ -34,6 +34,7 @@ from proteus_fast.training.stages import Stages
 from proteus_fast.training.train import TrainConfig, fingerprint
 
 FloatArray = NDArray[np.float64]
+Progress = Callable[[], Any]
 T = TypeVar("T")
 J = TypeVar("J")
 

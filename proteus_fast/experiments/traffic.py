@@ -9,7 +9,7 @@ laid on the fit rows themselves: a certificate holds for any path that was fixed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,7 +22,7 @@ from proteus_fast.certificate import Guarantee, Mode, Status, lay_path
 from proteus_fast.checkpoint import Checkpoint
 from proteus_fast.evaluation.metrics import realised
 from proteus_fast.evaluation.outcomes import OutcomeTable
-from proteus_fast.experiments.study import Result, Study, show
+from proteus_fast.experiments.study import Progress, Result, Study, show
 from proteus_fast.router import Router
 from proteus_fast.training.calibrate import PolicyPart, calibrate, plug_in_checkpoint
 from proteus_fast.training.fit_policy import build_trainer, curve_of, positions_of, run_name, train_to
@@ -30,7 +30,6 @@ from proteus_fast.training.policy import decide
 from proteus_fast.training.ppo import PolicyConfig, Trainer, follow
 
 FloatArray = NDArray[np.float64]
-Progress = Callable[[], Any]
 Pattern = Literal["step", "drift", "cycle", "mixed"]
 
 INDEXED = PolicyConfig()

@@ -194,7 +194,7 @@ def train(config: TrainConfig) -> Path:
     # what no checkpoint could hold is refused before the work
     pool_of(fit)
     known = (*fit.prompts, *division.calibration.prompts)
-    for note in calibration_notes(division.calibration.prompts):
+    for note in calibration_notes(division.calibration.prompts) if is_first() else ():
         _logger.warning("calibration rows: %s", note)
     unlabelled = () if config.unlabelled is None else read_prompts(config.unlabelled, known)
     if len(fit) + len(unlabelled) > MOST_ROWS and unlabelled:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from proteus_fast import Router
+from proteus_fast.checkpoint import MAX_SKETCH
 from proteus_fast.evaluation.outcomes import (
-    SKETCH,
     Division,
     OutcomeTable,
     calibration_notes,
@@ -245,7 +245,7 @@ def test_one_seed_gives_one_model(folder: Path, router: Router, train_on: Callab
 def test_a_sketch_tells_who_was_seen() -> None:
     mine, others = [f"mine {i}" for i in range(5000)], [f"other {i}" for i in range(5000)]
     sketch = prompt_sketch(mine)
-    assert len(sketch) == SKETCH
+    assert len(sketch) == MAX_SKETCH
     assert sketch == prompt_sketch([f"  {prompt}\n" for prompt in reversed(mine)] * 2)
     assert seen_share(mine, sketch) == seen_share(mine[:300], sketch) == 1.0
     assert seen_share(others, sketch) == 0.0
